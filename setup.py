@@ -1,0 +1,41 @@
+"""Packaging of skipmega. Tool settings live in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="skipmega",
+    version="0.1.0",
+    description="Pre-training of language models whose layers are skipped per token.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["skipmega", "skipmega.*"]),
+    package_data={"skipmega": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8,<0.20",
+        "megatron-core>=0.16.1,<0.20",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6",
+        "numpy",
+        "sentencepiece>=0.2.1",
+        "datasets>=4",
+        "zstandard",
+        "tqdm",
+    ],
+    extras_require={
+        "hf": ["transformers>=5,<6", "tokenizers", "safetensors", "protobuf"],
+        "eval": ["lm-eval==0.4.13", "accelerate"],
+        "report": ["matplotlib"],
+        "logging": ["tensorboard", "wandb"],
+        "mpi": ["mpi4py"],
+        "dev": [
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+        ],
+    },
+)

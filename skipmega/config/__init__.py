@@ -1,0 +1,37 @@
+"""Typed configuration: sections, the rules across them, YAML files and overrides."""
+
+from skipmega.config.loader import build_config, dump_config, load_config, parse_override
+from skipmega.config.run import RunConfig, check_consistency, resolve_grid, resolve_vocabulary
+from skipmega.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RoutingConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DataSource",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RoutingConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "build_config",
+    "check_consistency",
+    "dump_config",
+    "load_config",
+    "parse_override",
+    "resolve_grid",
+    "resolve_vocabulary",
+]

@@ -1,0 +1,178 @@
+"""The configuration of one run: all sections, and the rules that span them."""
+
+from pydantic import Field
+
+from skipmega.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RoutingConfig,
+    ScheduleConfig,
+    Section,
+    TrainingConfig,
+)
+from skipmega.errors import ConfigError
+
+
+class RunConfig(Section):
+    """Everything that defines a run. ``run_dir`` holds its logs and checkpoints."""
+
+    run_dir: str = "runs/default"
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @property
+    def vocab_size(self) -> int:
+        """The padded vocabulary; only a resolved config (:func:`resolve_vocabulary`) has one."""
+        if self.model.vocab_size is None:
+            raise ConfigError(
+                "model.vocab_size is not set and no tokenizer has been read: give data.tokenizer or "
+                "model.vocab_size"
+            )
+        return self.model.vocab_size
+
+    def layer_is_routed(self, layer: int) -> bool:
+        """Whether decoder layer ``layer`` (0-based, global) has a router."""
+        routing = self.routing
+        return (
+            routing.router != "always"
+            and routing.dense_first <= layer < self.model.num_layers - routing.dense_last
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one optimizer step on each data-parallel rank (needs a resolved grid)."""
+        replicas = self.parallel.data_parallel or 1
+        return self.training.global_batch_size // (self.training.micro_batch_size * replicas)
+
+
+def resolve_vocabulary(config: RunConfig, tokenizer_size: int | None) -> RunConfig:
+    """Return ``config`` with ``model.vocab_size`` set and padded.
+
+    Args:
+        config: the run's configuration.
+        tokenizer_size: number of ids of the tokenizer, or None when there is no tokenizer.
+
+    Raises:
+        ConfigError: the given ``model.vocab_size`` is smaller than the tokenizer.
+    """
+    given, multiple = config.model.vocab_size, config.model.vocab_multiple
+    if given is None and tokenizer_size is None:
+        raise ConfigError("model.vocab_size is not set: give it, or data.tokenizer to take it from")
+    size = given if given is not None else tokenizer_size
+    assert size is not None
+    if tokenizer_size is not None and size < tokenizer_size:
+        raise ConfigError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer_size} ids "
+            f"({config.data.tokenizer}): raise it, or leave it out to take the tokenizer's"
+        )
+    padded = -(-size // multiple) * multiple
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": padded})})
+
+
+def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
+    """Check that the run fits on ``world_size`` processes; return ``config`` with ``data_parallel`` set.
+
+    Called before any process group exists.
+
+    Raises:
+        ConfigError: a combination that cannot run; the message names fields, values and the mend.
+    """
+    parallel, model, training = config.parallel, config.model, config.training
+    tensor, pipeline = parallel.tensor_parallel, parallel.pipeline_parallel
+    _check_zero(parallel)
+    if world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"{world_size} processes cannot hold parallel.tensor_parallel={tensor} x "
+            f"parallel.pipeline_parallel={pipeline}: start a multiple of {tensor * pipeline} processes"
+        )
+    replicas = world_size // (tensor * pipeline)
+    if parallel.data_parallel not in (None, replicas):
+        raise ConfigError(
+            f"parallel.data_parallel={parallel.data_parallel} x tensor_parallel={tensor} x "
+            f"pipeline_parallel={pipeline} is {parallel.data_parallel * tensor * pipeline} processes, but "
+            f"{world_size} were started: start that many, or leave parallel.data_parallel out"
+        )
+    for name, value in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_key_value_heads", model.kv_heads),
+        ("model.ffn_hidden_size", model.ffn_size),
+        ("model.vocab_size", config.vocab_size),
+    ):
+        if value % tensor:
+            raise ConfigError(
+                f"{name}={value} is not divisible by parallel.tensor_parallel={tensor}: "
+                "change one of the two"
+            )
+    if model.num_layers % pipeline:
+        raise ConfigError(
+            f"model.num_layers={model.num_layers} is not divisible by "
+            f"parallel.pipeline_parallel={pipeline}: change one of the two"
+        )
+    per_step = training.micro_batch_size * replicas
+    if training.global_batch_size % per_step:
+        raise ConfigError(
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+            f"training.micro_batch_size={training.micro_batch_size} x {replicas} data-parallel ranks: "
+            f"use a multiple of {per_step}"
+        )
+    if training.eval_sequences % per_step:
+        raise ConfigError(
+            f"training.eval_sequences={training.eval_sequences} is not a multiple of "
+            f"training.micro_batch_size={training.micro_batch_size} x {replicas} data-parallel ranks: "
+            f"use a multiple of {per_step}"
+        )
+    return config.model_copy(
+        update={"parallel": parallel.model_copy(update={"data_parallel": replicas})}
+    )
+
+
+def check_consistency(config: RunConfig) -> None:
+    """Refuse combinations across sections that no grid could run.
+
+    Raises:
+        ConfigError: names the fields, the values and the mend.
+    """
+    routing, model, training = config.routing, config.model, config.training
+    if routing.router != "always" and routing.dense_first + routing.dense_last >= model.num_layers:
+        raise ConfigError(
+            f"routing.dense_first={routing.dense_first} and routing.dense_last={routing.dense_last} leave "
+            f"none of model.num_layers={model.num_layers} layers to route: lower them, or set "
+            "routing.router=always for a dense model"
+        )
+    group, length = routing.group_size, config.data.sequence_length
+    if group is not None and length % group:
+        raise ConfigError(
+            f"routing.group_size={group} does not divide data.sequence_length={length}: groups lie within "
+            "one sequence, choose a divisor or leave it out for the whole sequence"
+        )
+    if training.stop_after is not None and training.stop_after > training.steps:
+        raise ConfigError(
+            f"training.stop_after={training.stop_after} lies beyond training.steps={training.steps}: "
+            "lower it or leave it out"
+        )
+    if sum(config.data.split) <= 0 or min(config.data.split) < 0:
+        raise ConfigError(f"data.split={config.data.split} must be two weights >= 0 with a positive sum")
+
+
+def _check_zero(parallel: ParallelConfig) -> None:
+    if parallel.zero_stage == 0:
+        raise ConfigError(
+            "parallel.zero_stage=0 is not supported: DeepSpeed's coalesced gradient reduction, which the "
+            "pipeline schedule runs in, needs ZeRO; use 1 (the same arithmetic, sharded optimizer states)"
+        )
+    if parallel.zero_stage == 3:
+        raise ConfigError(
+            "parallel.zero_stage=3 is not supported yet (with pipeline_parallel > 1 it deadlocks: stages "
+            "gather parameters in different orders); use 1 or 2"
+        )

@@ -1,0 +1,195 @@
+"""The sections of a run's configuration, one pydantic model per component.
+
+Every field states its unit. Validators here check one section by itself; what spans sections is in
+:mod:`skipmega.config.run`. Unknown keys and wrong types are refused (``extra="forbid"``, strict types).
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all config sections: immutable, strict, closed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """Shape of the decoder.
+
+    ``num_key_value_heads`` below ``num_attention_heads`` is grouped-query attention. ``ffn_hidden_size``
+    left out is 8 x hidden for GELU (SkipLayer, arXiv 2311.15436) and 8/3 x hidden, rounded up to a
+    multiple of 64, for SwiGLU. ``vocab_size`` left out is the tokenizer's, padded up to a multiple of
+    ``vocab_multiple`` so that every tensor-parallel size divides it and a checkpoint's shapes do not
+    depend on the grid.
+    """
+
+    num_layers: int = Field(12, ge=1)
+    hidden_size: int = Field(768, ge=1)
+    num_attention_heads: int = Field(12, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1)
+    head_dim: int | None = Field(None, ge=2)
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    norm_epsilon: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(10_000.0, gt=0)
+    tie_embeddings: bool = True
+    vocab_size: int | None = Field(None, ge=1)
+    vocab_multiple: int = Field(128, ge=1)
+    init_std: float = Field(0.02, gt=0)
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the feed-forward network."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.activation == "gelu":
+            return 8 * self.hidden_size
+        return -(-(8 * self.hidden_size) // (3 * 64)) * 64
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "ModelConfig":
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                f"{self.num_attention_heads}: change one of them or give head_dim"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size} is odd: rotary positions need an even head_dim")
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.kv_heads}: choose a divisor"
+            )
+        return self
+
+
+class RoutingConfig(Section):
+    """Which tokens run which layer.
+
+    ``router: gumbel`` is the straight-through Gumbel-Softmax router of SkipLayer (arXiv 2311.15436);
+    ``router: always`` is a dense model from the same code. ``density`` is the target share of tokens
+    that execute a routed layer; the first ``dense_first`` and last ``dense_last`` layers have no router.
+    ``group_size`` (tokens of one sequence that share a capacity; left out: the whole sequence) and
+    ``capacity_factor`` give every group ``ceil(capacity_factor * density * group_size)`` slots;
+    a ``null`` factor is dropless. ``density_loss_weight`` is the factor of the squared density penalty,
+    summed over layers.
+    """
+
+    router: Literal["gumbel", "always"] = "gumbel"
+    density: float = Field(0.5, gt=0, le=1)
+    dense_first: int = Field(1, ge=0)
+    dense_last: int = Field(1, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    group_size: int | None = Field(None, ge=1)
+    capacity_factor: float | None = Field(1.25, gt=0)
+    eval_capacity_factor: float | None = Field(None, gt=0)
+    density_loss_weight: float = Field(0.1, ge=0)
+
+
+class ParallelConfig(Section):
+    """The grid. ``data_parallel`` left out is the world size over (tensor x pipeline)."""
+
+    tensor_parallel: int = Field(1, ge=1)
+    pipeline_parallel: int = Field(1, ge=1)
+    data_parallel: int | None = Field(None, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    timeout_minutes: float = Field(30.0, gt=0)
+
+
+class DataSource(Section):
+    """A tokenized data set: the path of its .bin/.idx pair without the ending, and its blending weight."""
+
+    path: str
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(Section):
+    """What the model reads. Lengths in tokens.
+
+    With ``valid`` left empty, ``split`` (weights of train and valid) cuts each of ``train``'s sources.
+    Documents in one sample do not see each other unless ``attend_across_documents``.
+    """
+
+    tokenizer: str | None = None
+    train: list[DataSource] = []
+    valid: list[DataSource] = []
+    split: list[float] = Field([99.0, 1.0], min_length=2, max_length=2)
+    sequence_length: int = Field(1024, ge=2)
+    attend_across_documents: bool = False
+    index_cache: str | None = None
+    num_workers: int = Field(1, ge=0)
+
+
+class OptimizerConfig(Section):
+    """AdamW (decoupled weight decay on matrices), or Adafactor as SkipLayer uses it (no first moment,
+    fixed second-moment decay ``beta2``, update-RMS clipping at ``update_clip``; arXiv 1804.04235)."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, gt=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    gradient_clip: float = Field(1.0, ge=0)
+    update_clip: float = Field(1.0, gt=0)
+
+
+class ScheduleConfig(Section):
+    """Learning rate by step: linear warm-up over ``warmup_steps``, then ``cosine`` to ``final_ratio`` of
+    the peak at ``decay_steps`` (left out: the run's length), ``inverse_sqrt``, or ``constant``."""
+
+    name: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
+    warmup_steps: int = Field(100, ge=0)
+    decay_steps: int | None = Field(None, ge=1)
+    final_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class TrainingConfig(Section):
+    """Length and batch of the run. Batches in sequences, the length in optimizer steps.
+
+    ``stop_after`` ends the process cleanly after that step (a checkpoint is saved) although the run is
+    longer: its schedule and data order are those of the whole run, and resuming continues it.
+    """
+
+    steps: int = Field(1000, ge=1)
+    stop_after: int | None = Field(None, ge=1)
+    micro_batch_size: int = Field(4, ge=1)
+    global_batch_size: int = Field(32, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    seed: int = Field(1234, ge=0)
+    eval_interval: int = Field(100, ge=0)
+    eval_sequences: int = Field(64, ge=1)
+
+
+class CheckpointConfig(Section):
+    """``interval`` in steps (0: only at the end); ``keep`` newest checkpoints (0: all). ``resume: auto``
+    continues from the newest complete checkpoint of the run, if there is one; ``never`` demands an empty
+    run folder; a path names one checkpoint."""
+
+    interval: int = Field(500, ge=0)
+    keep: int = Field(2, ge=0)
+    resume: str = "auto"
+
+
+class LoggingConfig(Section):
+    """Sinks beside the JSONL file that is always written. ``peak_tflops`` (per device, dense bf16) gives
+    the MFU; without it none is reported."""
+
+    interval: int = Field(10, ge=1)
+    tensorboard: bool = False
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "skipmega"
+    peak_tflops: float | None = Field(None, gt=0)
