@@ -1,0 +1,1 @@
+"""Starting processes: rank discovery, and what every command-line script shares."""
