@@ -1,0 +1,125 @@
+"""Causal attention of packed queries over the keys and values of all tokens.
+
+Two implementations of one operation: ``sdpa`` (any device; the reference, with an explicit mask) and
+``flex`` (CUDA under ``torch.compile``; block-sparse, skips what no query of a block may see). The model
+chooses one at construction.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+AttentionBackend = Literal["sdpa", "flex"]
+
+BLOCK = 128
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    backend: AttentionBackend,
+) -> Tensor:
+    """Softmax attention; the query at position p attends keys 0..p of its own document.
+
+    Args:
+        query: [q, b, heads, d]; already rotated.
+        key: [s, b, kv_heads, d]; kv_heads divides heads (grouped-query attention).
+        value: [s, b, kv_heads, d].
+        positions: [q, b] int64, each query's position in its sequence, ascending along q; None when the
+            queries are all tokens (q = s).
+        documents: [b, s] int64, ascending document numbers within each sequence, or None for one document.
+        backend: which implementation.
+
+    Returns:
+        [q, b, heads, d], dtype of ``query``.
+    """
+    q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    if backend == "flex":
+        out = _flex(q, k, v, positions, documents)
+    elif positions is None and documents is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        mask = visibility(positions, documents, k.shape[2], k.shape[0], k.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.permute(2, 0, 1, 3)
+
+
+def visibility(
+    positions: Tensor | None, documents: Tensor | None, length: int, batch: int, device: torch.device
+) -> Tensor:
+    """Which keys each query may see: [b, q, s] bool; arguments as in :func:`packed_attention`."""
+    keys = torch.arange(length, device=device)
+    at = keys.expand(batch, -1) if positions is None else positions.t()
+    visible = keys.view(1, 1, -1) <= at.unsqueeze(2)
+    if documents is not None:
+        visible = visible & (documents.gather(1, at).unsqueeze(2) == documents.unsqueeze(1))
+    return visible
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
+    batch, _, length, _ = k.shape
+    at = torch.arange(length, device=k.device).expand(batch, -1) if positions is None else positions.t()
+    block_mask = packed_block_mask(at.contiguous(), documents, length)
+    out = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)
+    return out
+
+
+def packed_block_mask(at: Tensor, documents: Tensor | None, length: int) -> BlockMask:
+    """The block mask of packed, ascending queries, from positions alone (no [q, s] mask is made).
+
+    Key blocks wholly visible to every query of a query block are marked full, those visible to some
+    partial, the rest are skipped.
+
+    Args:
+        at: [b, q] int64 ascending positions.
+        documents: [b, s] int64 ascending, or None.
+        length: s.
+    """
+    batch, queries = at.shape
+    first, last = _block_range(at, queries)
+    key_start = torch.arange(0, length, BLOCK, device=at.device)
+    key_end = (key_start + BLOCK - 1).clamp(max=length - 1)
+    some = key_start <= last.unsqueeze(2)
+    every = key_end <= first.unsqueeze(2)
+    if documents is not None:
+        query_documents = documents.gather(1, at)
+        query_first, query_last = _block_range(query_documents, queries)
+        key_first, key_last = _block_range(documents, length)
+        some = some & (key_last.unsqueeze(1) >= query_first.unsqueeze(2))
+        every = every & (key_first.unsqueeze(1) == query_last.unsqueeze(2))
+        every = every & (key_last.unsqueeze(1) == query_first.unsqueeze(2))
+
+    def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        inside = k_index <= at[b, q_index]
+        if documents is None:
+            return inside
+        return inside & (documents[b, k_index] == documents[b, at[b, q_index]])
+
+    full_count, full_index = _ordered(every & some)
+    partial_count, partial_index = _ordered(some & ~every)
+    return BlockMask.from_kv_blocks(
+        partial_count, partial_index, full_count, full_index, BLOCK_SIZE=BLOCK, mask_mod=visible,
+        seq_lengths=(queries, length),
+    )  # fmt: skip
+
+
+def _block_range(ascending: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """First and last value of each block of an ascending [b, n] tensor: two [b, blocks]."""
+    start = torch.arange(0, length, BLOCK, device=ascending.device)
+    return ascending[:, start], ascending[:, (start + BLOCK - 1).clamp(max=length - 1)]
+
+
+def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and indices (chosen ones first, in order) of [b, q_blocks, k_blocks]; a head axis is added."""
+    count = mask.sum(dim=-1, dtype=torch.int32)
+    index = mask.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count.unsqueeze(1), index.unsqueeze(1)

@@ -1,0 +1,47 @@
+"""Which process am I? The one place that reads a launcher's environment variables."""
+
+import os
+from dataclasses import dataclass
+
+from skipmega.errors import ConfigError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class ProcessInfo:
+    """This process among all processes of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no launcher started this process (a job of one)."""
+        return self.launcher == "none"
+
+
+def discover_process() -> ProcessInfo:
+    """Read the launcher's variables: torchrun's if present, otherwise a job of one process.
+
+    Raises:
+        ConfigError: some of torchrun's variables are set and others are missing or not numbers.
+    """
+    found = [name for name in _TORCHRUN if name in os.environ]
+    if "RANK" not in found and "WORLD_SIZE" not in found:
+        return ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none")
+    missing = [name for name in _TORCHRUN if name not in found]
+    if missing:
+        raise ConfigError(
+            f"the launcher set {', '.join(found)} but not {', '.join(missing)}: start with torchrun, or "
+            "unset them to run as one process"
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        value = os.environ[name]
+        if not value.isdigit():
+            raise ConfigError(f"{name}={value!r} is not a whole number: start with torchrun, or unset it")
+        numbers[name] = int(value)
+    return ProcessInfo(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], launcher="torchrun")

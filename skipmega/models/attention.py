@@ -1,0 +1,55 @@
+"""Self-attention whose keys and values come from all tokens and whose queries may be packed."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+from skipmega.config import ModelConfig
+from skipmega.kernels.attention import AttentionBackend, packed_attention
+from skipmega.models.rotary import rotate
+from skipmega.parallel.grid import Axis
+from skipmega.parallel.layers import ColumnLinear, RowLinear, enter_tensor_parallel
+
+
+class Attention(nn.Module):
+    """Multi-head or grouped-query attention with rotary positions; heads are cut over the tensor axis."""
+
+    def __init__(
+        self, model: ModelConfig, megatron: TransformerConfig, axis: Axis, backend: AttentionBackend
+    ) -> None:
+        super().__init__()
+        self.axis = axis
+        self.head_size = model.head_size
+        self.theta = model.rope_theta
+        self.backend: AttentionBackend = backend
+        heads, kv_heads = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
+        self.query = ColumnLinear(model.hidden_size, heads, megatron, axis)
+        self.key = ColumnLinear(model.hidden_size, kv_heads, megatron, axis)
+        self.value = ColumnLinear(model.hidden_size, kv_heads, megatron, axis)
+        self.output = RowLinear(heads, model.hidden_size, megatron, axis)
+
+    def forward(
+        self, all_tokens: Tensor, queries: Tensor, positions: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            all_tokens: [s, b, hidden], normalised; makes keys and values.
+            queries: [q, b, hidden], normalised; the tokens that execute (or ``all_tokens`` itself).
+            positions: [q, b] int64 positions of the queries, ascending; None when q = s.
+            documents: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`.
+
+        Returns:
+            [q, b, hidden].
+        """
+        order = torch.arange(all_tokens.shape[0], device=all_tokens.device).unsqueeze(1)
+        shared = enter_tensor_parallel(all_tokens, self.axis)
+        key = rotate(self._heads(self.key(shared)), order, self.theta)
+        value = self._heads(self.value(shared))
+        asked = shared if positions is None else enter_tensor_parallel(queries, self.axis)
+        query = rotate(self._heads(self.query(asked)), order if positions is None else positions, self.theta)
+        attended = packed_attention(query, key, value, positions, documents, self.backend)
+        return self.output(attended.flatten(2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.view(*projected.shape[:2], -1, self.head_size)

@@ -1,0 +1,137 @@
+"""A pipeline stage of the decoder: its layers, and the embedding or head at the ends.
+
+Parameter names are global (``layers.7.mlp.up.weight`` is layer 7 on any grid); shapes are those of this
+tensor-parallel rank.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from megatron.core.enums import ModelType
+from torch import Tensor, nn
+
+from skipmega.config import RunConfig
+from skipmega.kernels.attention import AttentionBackend
+from skipmega.models.initialization import initialize
+from skipmega.models.layer import DecoderLayer, LayerContext, RoutingRecord
+from skipmega.models.norm import RMSNorm
+from skipmega.parallel.grid import ParallelGrid
+from skipmega.parallel.layers import (
+    ColumnLinear,
+    VocabularyEmbedding,
+    enter_tensor_parallel,
+    gather_vocabulary,
+    megatron_config,
+    token_losses,
+)
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage hands on: ``hidden`` [s, b, hidden] and its routed layers' records by global number."""
+
+    hidden: Tensor
+    records: dict[int, RoutingRecord]
+
+
+class StageLayers(NamedTuple):
+    """The half-open range of global layer numbers of a stage."""
+
+    first: int
+    end: int
+
+
+def stage_layers(num_layers: int, stages: int, stage: int) -> StageLayers:
+    """Layers of stage ``stage`` when ``num_layers`` are cut evenly."""
+    each = num_layers // stages
+    return StageLayers(stage * each, (stage + 1) * each)
+
+
+class DecoderStage(nn.Module):
+    """This process's part of the decoder.
+
+    Args:
+        config: the run's configuration, vocabulary resolved.
+        grid: this process's place.
+        backend: attention implementation.
+    """
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, config: RunConfig, grid: ParallelGrid, backend: AttentionBackend = "sdpa") -> None:
+        super().__init__()
+        model = config.model
+        self.grid = grid
+        self.tied = model.tie_embeddings
+        self.dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self.config = megatron_config(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            dtype=self.dtype,
+            grid=grid,
+        )
+        layers = stage_layers(model.num_layers, grid.pipeline.size, grid.pipeline.rank)
+        self.layers = nn.ModuleDict(
+            {
+                str(number): DecoderLayer(config, number, self.config, grid.tensor, backend)
+                for number in range(layers.first, layers.end)
+            }
+        )
+        if grid.is_first_stage or (grid.is_last_stage and self.tied):
+            self.embedding = VocabularyEmbedding(
+                config.vocab_size, model.hidden_size, self.config, grid.tensor
+            )
+        if grid.is_last_stage:
+            self.final_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
+            if not self.tied:
+                self.head = ColumnLinear(model.hidden_size, config.vocab_size, self.config, grid.tensor)
+        if self.shares_embedding and not grid.is_first_stage:
+            # DeepSpeed counts a parameter so marked once in the gradient norm
+            self.embedding.weight.ds_pipe_replicated = True
+        self._received: Tensor | None = None
+        initialize(self, config, grid.tensor)
+
+    @property
+    def shares_embedding(self) -> bool:
+        """Whether the tied embedding lives on this stage and on another one."""
+        ends = self.grid.is_first_stage or self.grid.is_last_stage
+        return self.tied and self.grid.pipeline.size > 1 and ends
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Receive the previous stage's hidden states; called by the schedule before each forward."""
+        self._received = input_tensor[0]
+
+    def forward(self, tokens: Tensor, context: LayerContext) -> StageOutput:
+        """Run the stage.
+
+        Args:
+            tokens: [b, s] int64; read by the first stage only.
+            context: what all layers share.
+        """
+        if self.grid.is_first_stage:
+            hidden = self.embedding(tokens).transpose(0, 1).contiguous().to(self.dtype)
+        else:
+            assert self._received is not None
+            hidden = self._received
+        records = {}
+        for name, layer in self.layers.items():
+            hidden, record = layer(hidden, context)
+            if record is not None:
+                records[int(name)] = record
+        return StageOutput(hidden=hidden, records=records)
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of each token on the last stage: [s, b, hidden], [b, s] to [s, b] float32, nats."""
+        return token_losses(self._logits(hidden), labels.t(), self.grid.tensor)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[s, b, hidden] to [s, b, vocabulary] on the last stage, the same on all its tensor ranks."""
+        return gather_vocabulary(self._logits(hidden), self.grid.tensor)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        normed = enter_tensor_parallel(self.final_norm(hidden), self.grid.tensor)
+        if self.tied:
+            return nn.functional.linear(normed, self.embedding.weight)
+        return self.head(normed)

@@ -1,0 +1,153 @@
+"""The grid of processes as an object that is passed: who shares what with whom.
+
+megatron-core owns the process groups (its layers and schedules look them up); :class:`ParallelGrid` is
+the one handle on them that the rest of skipmega sees.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from skipmega.errors import ConfigError
+from skipmega.launch.environment import ProcessInfo
+from skipmega.parallel.cpu import run_megatron_on_cpu
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the grid as this process sees it."""
+
+    size: int
+    rank: int
+    group: dist.ProcessGroup
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Mean of ``tensor`` over the axis, as a new detached tensor of the same shape and dtype."""
+        total = tensor.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total, group=self.group)
+        return total / self.size
+
+
+@dataclass(frozen=True)
+class ParallelGrid:
+    """This process's place in tensor x pipeline x data parallelism.
+
+    ``model`` is the tensor x pipeline group (one whole replica of the model); ``embedding`` is the group
+    of first and last pipeline stage that share tied embeddings, None on stages in between.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    model: Axis
+    embedding: dist.ProcessGroup | None
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this process holds the embedding."""
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the head and sees the loss."""
+        return self.pipeline.rank == self.pipeline.size - 1
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give every stage the last stage's ``tensor`` (same shape and dtype everywhere), in place."""
+        if self.pipeline.size > 1:
+            source = dist.get_process_group_ranks(self.pipeline.group)[-1]
+            dist.broadcast(tensor, src=source, group=self.pipeline.group)
+        return tensor
+
+    def describe(self) -> str:
+        """The grid in one line for the log."""
+        return (
+            f"{self.world_size} processes: tensor {self.tensor.size} x pipeline {self.pipeline.size} x "
+            f"data {self.data.size} on {self.device.type}, {dist.get_backend()}"
+        )
+
+
+def create_grid(
+    process: ProcessInfo, tensor_parallel: int = 1, pipeline_parallel: int = 1, timeout_minutes: float = 30.0
+) -> ParallelGrid:
+    """Start communication and cut the world into the grid.
+
+    Args:
+        process: this process, from :func:`skipmega.launch.environment.discover_process`.
+        tensor_parallel: processes that share each layer's matrices.
+        pipeline_parallel: number of stages.
+        timeout_minutes: after this long in one collective the job fails instead of waiting.
+
+    Raises:
+        ConfigError: more local processes than devices, or a world the grid does not divide.
+    """
+    if process.world_size % (tensor_parallel * pipeline_parallel):
+        raise ConfigError(
+            f"{process.world_size} processes cannot hold tensor_parallel={tensor_parallel} x "
+            f"pipeline_parallel={pipeline_parallel}: start a multiple of "
+            f"{tensor_parallel * pipeline_parallel} processes"
+        )
+    device = _local_device(process)
+    timeout = timedelta(minutes=timeout_minutes)
+    if not dist.is_initialized():
+        _start_communication(process, device, timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+    return ParallelGrid(
+        rank=process.rank,
+        world_size=process.world_size,
+        device=device,
+        tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
+        data=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        model=_axis(parallel_state.get_model_parallel_group()),
+        embedding=parallel_state.get_embedding_group(check_initialized=False),
+    )
+
+
+def destroy_grid() -> None:
+    """End communication: forget megatron-core's groups and torch's."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _axis(group: dist.ProcessGroup) -> Axis:
+    return Axis(size=group.size(), rank=group.rank(), group=group)
+
+
+def _local_device(process: ProcessInfo) -> torch.device:
+    if not torch.cuda.is_available():
+        run_megatron_on_cpu()
+        return torch.device("cpu")
+    if process.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {process.local_rank} has no GPU: this host has {torch.cuda.device_count()}; start "
+            "at most that many processes per host"
+        )
+    torch.cuda.set_device(process.local_rank)
+    return torch.device("cuda", process.local_rank)
+
+
+def _start_communication(process: ProcessInfo, device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if process.is_alone:
+        # DeepSpeed asks the environment who it is even when a process group exists
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)

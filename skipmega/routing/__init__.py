@@ -1,0 +1,1 @@
+"""Which tokens run which layer: route -> plan -> dispatch -> (run) -> combine."""

@@ -1,0 +1,68 @@
+"""From decisions to slots.
+
+A group is ``group_size`` consecutive tokens of one sequence and has ``capacity`` slots; executed tokens
+take them in position order, so whether a token overflows depends on earlier tokens only. Slots left
+over are padding. Positions ascend along the slots of a sequence, padding included.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Where each executed token goes.
+
+    ``rows`` [n*b] int64: flat row (position * b + sequence) of each flat slot (slot * b + sequence);
+    padding slots name the last row of their group. ``slots`` [s*b] int64: the flat slot of each row, -1
+    when skipped. ``positions`` [n, b] int64: position of each slot's token.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    positions: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """[s, b] bool: tokens that have a slot."""
+        return self.slots.view(-1, self.positions.shape[1]) >= 0
+
+
+def group_capacity(factor: float, density: float, group_size: int) -> int:
+    """Slots of a group: ``ceil(factor * density * group_size)``, at most the group, at least one."""
+    return max(1, min(group_size, math.ceil(factor * density * group_size)))
+
+
+def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> PackingPlan:
+    """Assign slots.
+
+    Args:
+        execute: [s, b] bool.
+        group_size: tokens that share a capacity; divides s.
+        capacity: slots of a group; None is dropless: as many slots per sequence as the fullest one needs
+            (their number is read back from the device).
+    """
+    length, batch = execute.shape
+    if capacity is None:
+        group_size = length
+        capacity = max(1, int(execute.sum(dim=0).max()))
+    groups = length // group_size
+    grouped = execute.view(groups, group_size, batch)
+    order = grouped.long().cumsum(dim=1) - 1
+    keep = grouped & (order < capacity)
+    first_slot = torch.arange(groups, device=execute.device).view(groups, 1, 1) * capacity
+    sequence = torch.arange(batch, device=execute.device)
+    flat_slot = ((first_slot + order) * batch + sequence).view(-1)
+    keep = keep.view(-1)
+    total = groups * capacity * batch
+
+    slots = torch.where(keep, flat_slot, -1)
+    group_end = torch.arange(1, groups + 1, device=execute.device) * group_size - 1
+    padding = (group_end.view(groups, 1, 1) * batch + sequence).expand(groups, capacity, batch).reshape(-1)
+    rows = torch.cat([padding, padding.new_zeros(1)])
+    flat_row = torch.arange(length * batch, device=execute.device)
+    rows = rows.scatter(0, torch.where(keep, flat_slot, total), flat_row)[:total]
+    return PackingPlan(rows=rows, slots=slots, positions=(rows // batch).view(-1, batch))
