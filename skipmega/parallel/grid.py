@@ -117,9 +117,14 @@ def create_grid(
     )
 
 
-def destroy_grid() -> None:
-    """End communication: forget megatron-core's groups and torch's."""
+def release_grid() -> None:
+    """Forget the grid's groups so that another can be created; communication stays up."""
     parallel_state.destroy_model_parallel()
+
+
+def end_communication() -> None:
+    """Leave the job: forget the grid and torch's process groups."""
+    release_grid()
     if dist.is_initialized():
         dist.destroy_process_group()
 

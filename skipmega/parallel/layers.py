@@ -35,6 +35,12 @@ def _uninitialised(weight: Tensor) -> Tensor:
     return weight
 
 
+def _mark_as_cut(weight: Tensor, dim: int) -> None:
+    """megatron-core marks shards only when it initialises them; unmarked ones would be taken for
+    replicas: wrong initial weights, and a gradient norm that counts one rank's shard."""
+    tensor_parallel.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+
 class ColumnLinear(tensor_parallel.ColumnParallelLinear):
     """``x @ W.T`` with W's rows cut over the tensor axis: [..., in] to [..., out / size].
 
@@ -53,6 +59,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
             disable_grad_reduce=True,
             tp_group=axis.group,
         )
+        _mark_as_cut(self.weight, dim=0)
         self._alone = axis.size == 1
 
     def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
@@ -76,6 +83,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
             skip_bias_add=False,
             tp_group=axis.group,
         )
+        _mark_as_cut(self.weight, dim=1)
         self._alone = axis.size == 1
 
     def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
@@ -89,6 +97,7 @@ class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):
 
     def __init__(self, vocabulary: int, hidden_size: int, config: TransformerConfig, axis: Axis) -> None:
         super().__init__(vocabulary, hidden_size, init_method=_uninitialised, config=config, tp_group=axis.group)
+        _mark_as_cut(self.weight, dim=0)
 
 
 def enter_tensor_parallel(hidden: Tensor, axis: Axis) -> Tensor:
@@ -118,4 +127,4 @@ def token_losses(logits: Tensor, labels: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         flat = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
         return flat.view(labels.shape)
-    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)
+    return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.contiguous())

@@ -1,0 +1,118 @@
+"""A tiny run, trained for a few steps on any grid, and what it produced in logical (grid-free) form."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from skipmega.config import RunConfig, build_config, resolve_grid, resolve_vocabulary
+from skipmega.data.batches import TokenBatch
+from skipmega.launch.environment import discover_process
+from skipmega.models.initialization import partition_dim
+from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
+from skipmega.training.engine import StepSums, TrainingEngine
+
+SAMPLES_PER_MICRO_STEP = 4
+GLOBAL_BATCH = 8
+LENGTH = 32
+VOCABULARY = 128
+
+
+def tiny_config(overrides: dict[str, dict[str, Any]] | None = None) -> RunConfig:
+    """Four layers, the middle two routed, trained on :func:`tiny_batches`."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "ffn_hidden_size": 64,
+            "vocab_size": VOCABULARY,
+            "init_std": 0.2,
+        },
+        "routing": {"density_loss_weight": 1.0, "group_size": 16, "capacity_factor": 1.1},
+        "data": {"sequence_length": LENGTH},
+        "training": {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": SAMPLES_PER_MICRO_STEP, "eval_sequences": 4},
+        # Adam divides a gradient of nearly zero by nearly zero: a larger epsilon keeps its rounding noise small
+        "optimizer": {"gradient_clip": 0.5, "epsilon": 1e-5},
+    }
+    for section, fields in (overrides or {}).items():
+        values[section] = {**values.get(section, {}), **fields}
+    return build_config(values, source="tiny_config")
+
+
+def tiny_batches(config: RunConfig, grid: ParallelGrid, first_sample: int = 0) -> Iterator[TokenBatch]:
+    """Random documents as a pure function of the sample number, cut over data ranks as the real loader does."""
+    size, replicas, sample = config.training.micro_batch_size, grid.data.size, first_sample
+    while True:
+        mine = [sample + grid.data.rank * size + i for i in range(size)]
+        rows = torch.stack([_sample(number) for number in mine])
+        ends = (rows[:, :-1] == 2).long()
+        yield TokenBatch(
+            tokens=rows[:, :-1],
+            labels=rows[:, 1:],
+            loss_mask=torch.ones(size, LENGTH),
+            sample_ids=torch.tensor(mine),
+            document_ids=ends.cumsum(1) - ends,
+        )
+        sample += size * replicas
+
+
+def train_tiny(tensor: int, pipeline: int, steps: int, overrides: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Train on this world's grid; every rank returns the same logical results.
+
+    Returns losses and grad-norms per step, the first step's gradients and the final fp32 weights by logical
+    name, densities, and the held-out loss.
+    """
+    process = discover_process()
+    replicas = process.world_size // (tensor * pipeline)
+    config = tiny_config(overrides)
+    training = config.training.model_copy(update={"micro_batch_size": SAMPLES_PER_MICRO_STEP // replicas})
+    parallel = config.parallel.model_copy(update={"tensor_parallel": tensor, "pipeline_parallel": pipeline})
+    config = config.model_copy(update={"training": training, "parallel": parallel})
+    config = resolve_grid(resolve_vocabulary(config, None), process.world_size)
+    grid = create_grid(process, tensor, pipeline)
+    torch.manual_seed(grid.rank)
+    engine = TrainingEngine(config, grid)
+    batches = tiny_batches(config, grid)
+    losses, norms, executed = [], [], []
+    gradients: dict[str, torch.Tensor] = {}
+    for step in range(steps):
+        sums = StepSums.zeros(config.model.num_layers, grid.device)
+        engine.accumulate_gradients(batches, sums)
+        if step == 0:
+            gradients = gather_logical(engine, grid, safe_get_full_grad)
+        norms.append(float(engine.apply_gradients(0.01)))
+        seen = engine.average(sums)
+        losses.append(seen.loss)
+        executed.append((seen.density, seen.executed))
+    held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches)
+    weights = gather_logical(engine, grid, safe_get_full_fp32_param)
+    release_grid()
+    return {
+        "losses": losses, "norms": norms, "gradients": gradients, "weights": weights,
+        "executed": executed, "held_out": held_out,
+    }  # fmt: skip
+
+
+def gather_logical(engine: TrainingEngine, grid: ParallelGrid, read: Any) -> dict[str, torch.Tensor]:
+    """Full tensors by logical name from every tensor rank and stage, on every rank."""
+    local = {}
+    for name, parameter in engine.stage.named_parameters():
+        whole = read(parameter).detach().float().cpu()
+        dim = partition_dim(parameter)
+        if dim is not None and grid.tensor.size > 1:
+            parts = [torch.empty_like(whole) for _ in range(grid.tensor.size)]
+            dist.all_gather(parts, whole.contiguous(), group=grid.tensor.group)
+            whole = torch.cat(parts, dim)
+        local[name] = whole
+    stages: list[dict[str, torch.Tensor]] = [{} for _ in range(grid.pipeline.size)]
+    dist.all_gather_object(stages, local, group=grid.pipeline.group)
+    return {name: value for stage in reversed(stages) for name, value in stage.items()}
+
+
+def _sample(number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator) % (VOCABULARY - 20)
