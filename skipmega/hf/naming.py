@@ -1,0 +1,117 @@
+"""How skipmega's own checkpoints and the Hugging Face model name and shape the same tensors."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from skipmega.config import RunConfig
+from skipmega.errors import CheckpointError, ConfigError
+from skipmega.hf.configuration_skipmega import SkipmegaConfig
+from skipmega.hf.modeling_skipmega import SkipmegaForCausalLM
+
+_LAYER_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+_GATE_NAME = {"mlp.gate.weight": "mlp.gate_proj.weight"}
+_ROUTER_NAME = {"router.weight": "router.weight"}
+_MODEL_NAMES = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
+_HEAD_NAME = {"head.weight": "lm_head.weight"}
+
+
+def to_hf_config(config: RunConfig) -> SkipmegaConfig:
+    """The Hugging Face configuration of a run's model (special token ids are the tokenizer's to add).
+
+    Raises:
+        ConfigError: the model has no Hugging Face form.
+    """
+    model, routing = config.model, config.routing
+    routed_layers = [layer for layer in range(model.num_layers) if config.layer_is_routed(layer)]
+    if routed_layers and routing.eval_capacity_factor is not None:
+        raise ConfigError(
+            f"routing.eval_capacity_factor={routing.eval_capacity_factor} drops tokens in evaluation, "
+            "which the Hugging Face model cannot: set it to null (dropless), for evaluation and export alike"
+        )
+    return SkipmegaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_size,
+        hidden_act="silu" if model.activation == "swiglu" else "gelu_pytorch_tanh",
+        gated_mlp=model.activation == "swiglu",
+        routed_layers=routed_layers,
+        max_position_embeddings=config.data.sequence_length,
+        rms_norm_eps=model.norm_epsilon,
+        rope_theta=model.rope_theta,
+        initializer_range=model.init_std,
+        tie_word_embeddings=model.tie_embeddings,
+    )
+
+
+def native_to_hf_names(config: RunConfig) -> dict[str, str]:
+    """For every tensor of a run's model, its native name to its name in the Hugging Face model."""
+    layer_names = _LAYER_NAMES | (_GATE_NAME if config.model.activation == "swiglu" else {})
+    names = dict(_MODEL_NAMES)
+    for layer in range(config.model.num_layers):
+        here = layer_names | (_ROUTER_NAME if config.layer_is_routed(layer) else {})
+        names |= {f"layers.{layer}.{native}": f"model.layers.{layer}.{hf}" for native, hf in here.items()}
+    return names if config.model.tie_embeddings else names | _HEAD_NAME
+
+
+def to_hf_state(native_state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """Rename a native state dict; tensors are shared, not copied.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, or of a shape that ``config`` does not give.
+    """
+    return _rename(native_state, native_to_hf_names(config), _shapes(config))
+
+
+def to_native_state(hf_state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
+    """The inverse of :func:`to_hf_state`; the head's second entry of a tied model is dropped.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, or of a shape that ``config`` does not give.
+    """
+    if config.model.tie_embeddings:
+        hf_state = {name: tensor for name, tensor in hf_state.items() if name not in _HEAD_NAME.values()}
+    native_names = {hf: native for native, hf in native_to_hf_names(config).items()}
+    shapes = {native_names[hf]: shape for hf, shape in _shapes(config).items() if hf in native_names}
+    return _rename(hf_state, native_names, shapes)
+
+
+def _shapes(config: RunConfig) -> dict[str, torch.Size]:
+    """The shape of every tensor of the Hugging Face model, by its Hugging Face name."""
+    with torch.device("meta"):
+        model = SkipmegaForCausalLM(to_hf_config(config))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _rename(
+    state: Mapping[str, Tensor], names: Mapping[str, str], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """``state`` under the new ``names``, after checking it against ``names`` and ``shapes`` (by new name)."""
+    missing, unknown = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"the checkpoint does not fit the configuration: {len(missing)} tensors are missing "
+            f"{missing[:3]}, {len(unknown)} are unknown {unknown[:3]}; use the configuration of the run that "
+            "wrote it"
+        )
+    for name, new_name in names.items():
+        if state[name].shape != shapes[new_name]:
+            raise CheckpointError(
+                f"tensor {name} has shape {tuple(state[name].shape)}, the configuration gives "
+                f"{tuple(shapes[new_name])}: use the configuration of the run that wrote the checkpoint"
+            )
+    return {new_name: state[name] for name, new_name in names.items()}
