@@ -1,0 +1,1 @@
+"""From documents to batches: tokenizer, preparation, checked data sets, blending, sampling."""

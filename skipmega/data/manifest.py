@@ -1,0 +1,87 @@
+"""What a prepared data set says of itself: ``<prefix>.manifest.json`` beside its ``.bin`` and ``.idx``."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from skipmega.errors import DataError
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """Size in bytes and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class SourceRecord(_Record):
+    """A corpus file as it was named, and its size in bytes."""
+
+    path: str
+    bytes: int
+
+
+class TokenizerRecord(_Record):
+    """The tokenizer that made the tokens."""
+
+    sha256: str
+    vocab_size: int
+    eod_id: int
+
+
+class Manifest(_Record):
+    """Contents and origin of one ``.bin``/``.idx`` pair.
+
+    ``documents``, ``tokens`` (ends of documents included), ``text_bytes`` (UTF-8) and ``max_token_id``
+    describe the pair; ``empty_documents`` and ``bad_records`` were skipped in ``sources``, which may also
+    have filled a second pair: ``part`` says which share of them this is.
+    """
+
+    format: Literal[1] = 1
+    skipmega_version: str
+    part: Literal["all", "train", "valid"]
+    valid_fraction: float
+    documents: int
+    tokens: int
+    text_bytes: int
+    max_token_id: int
+    dtype: str
+    bin: FileRecord
+    idx: FileRecord
+    empty_documents: int
+    bad_records: int
+    text_field: str
+    sources: tuple[SourceRecord, ...]
+    tokenizer: TokenizerRecord
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    """Where the manifest of the pair ``prefix`` is."""
+    return Path(f"{prefix}.manifest.json")
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """The manifest of the pair ``prefix``, None if it has none.
+
+    Raises:
+        DataError: there is one that cannot be read.
+    """
+    path = manifest_path(prefix)
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(
+            f"{path} is not a manifest that this version reads ({field}: {first['msg']}): prepare the data "
+            "again, or remove the manifest to have the pair checked token by token"
+        ) from None
