@@ -15,3 +15,7 @@ class DataError(SkipmegaError):
 
 class CheckpointError(SkipmegaError):
     """A checkpoint that is missing, damaged, or belongs to another run or architecture."""
+
+
+class TrainingError(SkipmegaError):
+    """A run that cannot sensibly go on, e.g. because its loss is not finite."""

@@ -4,10 +4,11 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from skipmega.config import RunConfig
 from skipmega.parallel.grid import Axis
+from skipmega.parallel.logical import local_shard, logical_shape
 
 
 def initialize(module: nn.Module, config: RunConfig, axis: Axis) -> None:
@@ -29,28 +30,6 @@ def initialize(module: nn.Module, config: RunConfig, axis: Axis) -> None:
                 std=scale, generator=_generator(config.training.seed, name)
             )
             parameter.copy_(local_shard(drawn, parameter, axis))
-
-
-def partition_dim(parameter: Tensor) -> int | None:
-    """The dimension cut over the tensor axis, None when the parameter is replicated."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)
-
-
-def logical_shape(parameter: Tensor, axis: Axis) -> tuple[int, ...]:
-    """Shape of the whole tensor that ``parameter`` is this rank's part of."""
-    shape = list(parameter.shape)
-    dim = partition_dim(parameter)
-    if dim is not None:
-        shape[dim] *= axis.size
-    return tuple(shape)
-
-
-def local_shard(logical: Tensor, parameter: Tensor, axis: Axis) -> Tensor:
-    """This tensor-parallel rank's part of the whole tensor ``logical``."""
-    dim = partition_dim(parameter)
-    return logical if dim is None else logical.chunk(axis.size, dim)[axis.rank]
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -89,6 +89,19 @@ class ShardedAdafactor(torch.optim.Optimizer):
             piece.mul_(1 - rate * group["weight_decay"])
             piece.add_(direction, alpha=-rate * scale / clip)
 
+    def create_moments(self) -> None:
+        """Make the moments that the first step would make, as zeros (to be filled from a checkpoint)."""
+        for group in self.param_groups:
+            layout, (piece,) = group["layout"], group["params"]
+            if layout.is_factored:
+                height, width = layout.shape
+                self.state[piece] = {
+                    "row": torch.zeros(height, device=piece.device),
+                    "column": torch.zeros(width, device=piece.device),
+                }
+            else:
+                self.state[piece] = {"full": torch.zeros_like(piece)}
+
     def _pieces(self, group: dict[str, Any]) -> Iterator[Tensor]:
         (piece,) = group["params"]
         if piece.grad is not None:

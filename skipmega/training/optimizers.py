@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from skipmega.config import RunConfig
-from skipmega.models.initialization import partition_dim
+from skipmega.parallel.logical import partition_dim
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.training.adafactor import ShardedAdafactor, ShardLayout
 

@@ -10,7 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from skipmega.config import RunConfig, build_config, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import TokenBatch
 from skipmega.launch.environment import discover_process
-from skipmega.models.initialization import partition_dim
+from skipmega.parallel.logical import partition_dim
 from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
 from skipmega.training.engine import StepSums, TrainingEngine
 
