@@ -72,7 +72,7 @@ class SkipmegaRMSNorm(nn.Module):
         return self.weight * wide.to(hidden.dtype)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Rotary:
     """Cosines and sines of rotary positions in the half-split layout.
 
     The frequencies are made anew in each forward pass (``head_dim / 2`` numbers): a buffer that no checkpoint
@@ -82,19 +82,19 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
         positions: integers [b or 1, s].
 
     Returns:
-        cosines and sines, each [b or 1, 1, s, head_dim] of ``dtype``, computed in fp32.
+        cosines and sines, each fp32 [b or 1, 1, s, head_dim / 2].
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None, :, None].float() * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[:, None, :, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
 
 
 def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
-    """Turn ``heads`` [b, heads, s, head_dim] to their positions."""
-    cosines, sines = rotary
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosines + torch.cat((-second, first), dim=-1) * sines
+    """Turn ``heads`` [b, heads, s, head_dim] to their positions, in fp32; same shape and dtype."""
+    cosine, sine = rotary
+    first, second = heads.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned.to(heads.dtype)
 
 
 def eager_attention(
@@ -295,7 +295,7 @@ class SkipmegaModel(SkipmegaPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta, hidden.dtype)
+        rotary = rotary_table(position_ids, self.config.head_dim, self.config.rope_theta)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states: list[Tensor] = []
