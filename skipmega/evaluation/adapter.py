@@ -1,0 +1,242 @@
+"""A :class:`LanguageModel` as lm-eval sees it.
+
+The scores are those of lm-eval's ``hf`` model on the same weights: contexts and continuations are split
+into tokens by the same rule, an empty context and the start of a rolling text are the end-of-document
+token, and what is too long is cut from the left.
+
+This module needs lm-eval; :func:`skipmega.evaluation.evaluate_tasks` imports it once lm-eval is known to
+be there.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from skipmega.errors import ConfigError, DataError
+from skipmega.evaluation.interface import LanguageModel, TextTokenizer
+
+T = TypeVar("T")
+
+DEFAULT_GENERATED_TOKENS = 256
+# What changes nothing when decoding is greedy; anything else in a task's generation_kwargs is refused.
+_GREEDY_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
+
+
+class SkipmegaLM(TemplateLM):
+    """Likelihoods and greedy generation for lm-eval.
+
+    Args:
+        model: the model; on every process of its grid this class makes the same calls in the same order.
+        tokenizer: the model's own.
+        batch_size: sequences in one call of the model.
+        show_progress: whether this process draws progress bars.
+    """
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: TextTokenizer, batch_size: int, show_progress: bool = True
+    ) -> None:
+        super().__init__()
+        self._language_model = model
+        self._text_tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._show_progress = show_progress
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self._text_tokenizer.eod_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of ``string``; special tokens are never added."""
+        return self._text_tokenizer.encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation): the continuation's log-likelihood in nats, and whether
+        greedy decoding would produce it."""
+        # lm-eval's own bar, for splitting the texts into tokens, knows no ranks
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood in nats of each whole text, in windows of the model's length that predict
+        every token once."""
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self._language_model.max_length,
+                context_len=1,
+            )
+            for window in rolling:
+                windows.append(make_disjoint_window(window))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (log_likelihood, _) in zip(owners, self._score(windows, "rolling"), strict=True):
+            totals[owner] += log_likelihood
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each prompt greedily until a stop string, the end of the text or ``max_gen_toks``.
+
+        Every step runs the whole sequence again: there is no key/value cache.
+
+        Raises:
+            ConfigError: a task wants sampling or beams, or more tokens than the model is long.
+        """
+        generations = [self._start_generation(*request.args) for request in requests]
+        by_length = sorted(generations, key=lambda generation: -len(generation.tokens))
+        with self._progress(len(generations), "generate") as progress:
+            for batch in _batches(by_length, self._batch_size):
+                self._finish(batch)
+                progress.update(len(batch))
+        return [self._text(generation) for generation in generations]
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        return self._score([(context, continuation) for _, context, continuation in requests], "score")
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], label: str) -> list[tuple[float, bool]]:
+        """Log-likelihood (nats) and greediness of each (context, continuation) in ids, in their order.
+
+        Pairs with the same input, as choices of one token are, share one row of the model's batch.
+        """
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for index, (context, continuation) in enumerate(pairs):
+            rows.setdefault(self._input_of(context, continuation), []).append(index)
+        scores = [(0.0, False)] * len(pairs)
+        with self._progress(len(pairs), label) as progress:
+            for batch in _batches(sorted(rows, key=len, reverse=True), self._batch_size):
+                logits_bsv = self._logits(batch)
+                for inputs, logits_sv in zip(batch, logits_bsv, strict=True):
+                    for index in rows[inputs]:
+                        continuation = pairs[index][1]
+                        end = len(inputs)
+                        scores[index] = _score_span(logits_sv[end - len(continuation) : end], continuation)
+                    progress.update(len(rows[inputs]))
+        return scores
+
+    def _input_of(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
+        """What the model reads to predict ``continuation``: everything but the last token, cut from the
+        left to the model's length."""
+        length = self._language_model.max_length
+        if not context or not continuation:
+            raise DataError(
+                f"a request has {len(context)} context and {len(continuation)} continuation tokens: both "
+                "need one or more; look for an empty text or choice in the task's data"
+            )
+        if len(continuation) > length:
+            raise DataError(
+                f"a continuation of {len(continuation)} tokens cannot be scored by a model of {length}: "
+                "shorten the choices, or make the task loglikelihood_rolling"
+            )
+        return tuple((context + continuation)[-(length + 1) :][:-1])
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [batch, longest row, vocab] float32 of rows padded on the right."""
+        longest = max(len(row) for row in rows)
+        padding = self.eot_token_id
+        tokens_bs = torch.tensor(
+            [[*row, *[padding] * (longest - len(row))] for row in rows],
+            dtype=torch.int64,
+            device=self._language_model.device,
+        )
+        with torch.no_grad():
+            return self._language_model.logits(tokens_bs)
+
+    def _start_generation(self, prompt: str, options: dict[str, Any]) -> "_Generation":
+        settings = dict(normalize_gen_kwargs(options, DEFAULT_GENERATED_TOKENS))
+        if settings.get("do_sample"):
+            raise ConfigError(
+                f"generation_kwargs={options} ask for sampling, but decoding is greedy: set "
+                "do_sample: false in the task, or evaluate an export"
+            )
+        if unknown := sorted(set(settings) - _GREEDY_KEYS):
+            raise ConfigError(
+                f"generation_kwargs has {', '.join(unknown)}, which greedy decoding does not know: remove "
+                f"it from the task (known: {', '.join(sorted(_GREEDY_KEYS))}), or evaluate an export"
+            )
+        budget, length = settings["max_gen_toks"], self._language_model.max_length
+        if not 0 < budget < length:
+            raise ConfigError(
+                f"max_gen_toks={budget} does not leave room for a prompt in a model of {length} tokens: "
+                "lower max_gen_toks in the task's generation_kwargs"
+            )
+        prompt_ids = self.tok_encode(prompt)[budget - length :] or [self.prefix_token_id]
+        until = handle_stop_sequences(settings["until"], eos=None)
+        return _Generation(tokens=prompt_ids, until=until, budget=budget)
+
+    def _finish(self, batch: Sequence["_Generation"]) -> None:
+        running = list(batch)
+        while running:
+            logits_bsv = self._logits([generation.tokens for generation in running])
+            for generation, logits_sv in zip(running, logits_bsv, strict=True):
+                last = len(generation.tokens) - 1
+                self._append(generation, int(logits_sv[last].argmax()))
+            running = [generation for generation in running if not generation.finished]
+
+    def _append(self, generation: "_Generation", token: int) -> None:
+        generation.tokens.append(token)
+        if token == self.eot_token_id:
+            generation.finished = True
+            return
+        generation.generated.append(token)
+        if len(generation.generated) == generation.budget:
+            generation.finished = True
+            return
+        text = self._decode(generation.generated)
+        generation.finished = any(stop in text for stop in generation.until if stop)
+
+    def _text(self, generation: "_Generation") -> str:
+        return postprocess_generated_text(
+            self._decode(generation.generated), generation.until, think_end_token=None
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        # ids of the vocabulary's padding have no text, here as in a Hugging Face tokenizer
+        size = self._text_tokenizer.size
+        return self._text_tokenizer.decode([token for token in ids if token < size])
+
+    def _progress(self, total: int, label: str) -> "tqdm[Any]":
+        return tqdm(total=total, desc=label, unit=" requests", disable=not self._show_progress)
+
+
+@dataclass
+class _Generation:
+    """One text being generated. ``tokens`` is the prompt and all that followed, ``generated`` what
+    followed without the end of the text."""
+
+    tokens: list[int]
+    until: list[str]
+    budget: int
+    generated: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+def _score_span(logits_sv: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """Log-likelihood (nats) of ``continuation`` under logits [its length, vocab], and greediness."""
+    targets_s = torch.tensor(continuation, dtype=torch.int64, device=logits_sv.device)
+    log_probs_sv = torch.log_softmax(logits_sv, dim=-1)
+    chosen_s = log_probs_sv.gather(1, targets_s.unsqueeze(1))
+    return float(chosen_s.sum()), bool((log_probs_sv.argmax(dim=-1) == targets_s).all())
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,285 @@
+"""Running lm-eval tasks on a native model or on a Hugging Face export, with the same result type.
+
+Without network by default: tasks come from local folders or lm-eval's own list, data from local files or
+the Hugging Face cache. ``HF_HUB_OFFLINE=0`` in the environment allows downloads.
+"""
+
+import contextlib
+import difflib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import skipmega
+from skipmega.errors import CheckpointError, ConfigError, DataError
+from skipmega.evaluation.interface import LanguageModel, TextTokenizer
+from skipmega.evaluation.results import EvaluationResult, collect_tasks
+
+# Resamples behind the standard error of metrics without a closed form (perplexity).
+BOOTSTRAP_RESAMPLES = 1000
+
+
+def evaluate_tasks(
+    model: LanguageModel,
+    tokenizer: TextTokenizer,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    include_paths: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 1234,
+    model_name: str = "native",
+) -> EvaluationResult:
+    """Evaluate ``model`` on lm-eval tasks.
+
+    Every process of the model's grid calls this with the same arguments and gets the same result; only
+    rank 0 prints.
+
+    Args:
+        model: the model; its own mode (evaluation, no dropout) is the caller's to set.
+        tokenizer: the model's own.
+        tasks: names or patterns (``local_*``) of tasks, groups or tags.
+        num_fewshot: examples in front of each question; None leaves each task its default. A task that
+            fixes zero, as a rolling one does, keeps zero.
+        include_paths: folders with task YAML files. When they hold all ``tasks``, lm-eval's own list of
+            some 15,000 is not read, which saves many seconds.
+        limit: evaluate only the first ``limit`` documents of each task.
+        batch_size: sequences in one call of the model.
+        seed: of the choice of few-shot examples.
+        model_name: what the result calls the model.
+
+    Raises:
+        ConfigError: lm-eval is not installed, a task or folder does not exist, a setting cannot be used.
+        DataError: a task's data set is not on this machine.
+    """
+    settings = _Settings(tasks, num_fewshot, include_paths, limit, batch_size, seed)
+    _prepare_lm_eval("lm_eval")
+    from skipmega.evaluation.adapter import SkipmegaLM
+
+    adapter = SkipmegaLM(model, tokenizer, batch_size, show_progress=_is_first_rank())
+    return _evaluate(adapter, settings, model_name)
+
+
+def evaluate_export(
+    directory: str | Path,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    include_paths: Sequence[str | Path] = (),
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 1234,
+    device: str = "cpu",
+) -> EvaluationResult:
+    """Evaluate a Hugging Face model folder through lm-eval's own ``hf`` model, in float32, one process.
+
+    The code in the folder is run (``trust_remote_code``). The numbers are those of
+    ``lm_eval run --model hf --model_args pretrained=DIRECTORY,trust_remote_code=True,dtype=float32``, and
+    those of :func:`evaluate_tasks` on the same weights if the folder's tokenizer adds no special tokens,
+    has the end-of-document token as ``eos_token`` and no ``bos_token``, and ``max_position_embeddings``
+    is the model's ``max_length``.
+
+    Args:
+        directory: a folder with config.json, weights and tokenizer.
+        device: "cpu" or "cuda".
+
+    The other arguments are those of :func:`evaluate_tasks`.
+
+    Raises:
+        CheckpointError: ``directory`` is not a Hugging Face model folder.
+        ConfigError: as for :func:`evaluate_tasks`.
+        DataError: as for :func:`evaluate_tasks`.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json: give the folder of a Hugging Face export")
+    settings = _Settings(tasks, num_fewshot, include_paths, limit, batch_size, seed)
+    _prepare_lm_eval("lm_eval", "transformers", "accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    adapter = HFLM(
+        pretrained=str(directory),
+        trust_remote_code=True,
+        dtype="float32",
+        device=device,
+        batch_size=batch_size,
+    )
+    return _evaluate(adapter, settings, str(directory))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the caller asked for, as documented in :func:`evaluate_tasks`."""
+
+    tasks: Sequence[str]
+    num_fewshot: int | None
+    include_paths: Sequence[str | Path]
+    limit: int | None
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("no tasks were named: give at least one")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError(f"num_fewshot={self.num_fewshot}: give 0 or more examples")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit={self.limit}: give 1 or more documents, or leave it out for all")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}: give 1 or more sequences")
+        for path in self.include_paths:
+            if not Path(path).is_dir():
+                raise ConfigError(f"include_paths: {path} is not a folder of task YAML files")
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values for the result."""
+        paths = [str(path) for path in self.include_paths]
+        return {**asdict(self), "tasks": list(self.tasks), "include_paths": paths}
+
+
+def _evaluate(adapter: Any, settings: _Settings, model_name: str) -> EvaluationResult:
+    from lm_eval.evaluator import evaluate
+
+    started = time.perf_counter()
+    with _only_first_rank_prints():
+        loaded = _load_tasks(settings.tasks, [str(path) for path in settings.include_paths])
+        for name, task in loaded["tasks"].items():
+            _set_shots(name, task, settings.num_fewshot, settings.seed)
+        report = evaluate(
+            lm=adapter,
+            task_dict=loaded,
+            limit=settings.limit,
+            bootstrap_iters=BOOTSTRAP_RESAMPLES,
+            log_samples=False,
+        )
+    return EvaluationResult(
+        model=model_name,
+        tasks=collect_tasks(report),
+        settings=settings.describe(),
+        versions=_versions(),
+        seconds=time.perf_counter() - started,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _prepare_lm_eval(*needed: str) -> None:
+    """Check that the packages are installed and set what they read from the environment."""
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"evaluation needs the package {package}, which is not installed: "
+                "pip install 'skipmega[eval,hf]'"
+            )
+    # Workers forked from a process that holds CUDA or process groups can hang.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    _stay_offline()
+
+
+def _stay_offline() -> None:
+    """Look nothing up on the network, unless the user set ``HF_HUB_OFFLINE``.
+
+    The variables are read when ``huggingface_hub`` and ``datasets`` are first imported. A program that
+    read a corpus before it evaluates has imported them already: they are told as well.
+    """
+    if "HF_HUB_OFFLINE" in os.environ:
+        return
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        if module in sys.modules:
+            vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
+
+
+def _load_tasks(names: Sequence[str], include_paths: list[str]) -> dict[str, dict[str, Any]]:
+    """The task objects by name, and the groups they are in, as ``lm_eval`` wants them."""
+    manager, found = _find_tasks(names, include_paths)
+    loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in found:
+        for part, items in _load_task(manager, name).items():
+            loaded[part].update(items)
+    return loaded
+
+
+def _find_tasks(names: Sequence[str], include_paths: list[str]) -> tuple[Any, list[str]]:
+    """A task manager that knows all of ``names``, and the names that they match."""
+    from lm_eval.tasks import TaskManager
+
+    for include_defaults in (False, True):
+        manager = TaskManager(include_path=include_paths, include_defaults=include_defaults)
+        matches = {name: manager.match_tasks([name]) for name in names}
+        if all(matches.values()):
+            return manager, list(dict.fromkeys(task for found in matches.values() for task in found))
+    problems = [_unknown(name, manager.all_tasks) for name, found in matches.items() if not found]
+    raise ConfigError("\n".join(problems))
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists lm-eval's own"
+    return f"no task, group or tag is called {name!r} in the include paths or lm-eval; {hint}"
+
+
+def _load_task(manager: Any, name: str) -> dict[str, dict[str, Any]]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded: dict[str, dict[str, Any]] = manager.load([name])
+    except (OSError, ValueError, DatasetsError) as error:
+        summary = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"task {name}: its data set cannot be loaded ({type(error).__name__}: {summary}); evaluation "
+            "is offline: put the data into the Hugging Face cache or a local task "
+            "(write_benchmark_tasks), or set HF_HUB_OFFLINE=0 to download"
+        ) from error
+    return loaded
+
+
+def _set_shots(name: str, task: Any, num_fewshot: int | None, seed: int) -> None:
+    default = task.get_config("num_fewshot")
+    shots = default if num_fewshot is None or default == 0 else num_fewshot
+    task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=seed)
+    if not shots:
+        return
+    examples = task.fewshot_docs()
+    available = 0 if examples is None else len(list(examples))
+    if available < shots:
+        raise ConfigError(
+            f"num_fewshot={shots}, but task {name} has {available} examples to choose from: lower it"
+        )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"skipmega": skipmega.__version__}
+    for package in ("lm_eval", "datasets", "transformers", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed
+    return not distributed.is_available() or not distributed.is_initialized() or not distributed.get_rank()
+
+
+@contextlib.contextmanager
+def _only_first_rank_prints() -> Iterator[None]:
+    """lm-eval's progress bars and messages appear once, not once a process."""
+    if _is_first_rank():
+        yield
+        return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield

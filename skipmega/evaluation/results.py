@@ -1,0 +1,163 @@
+"""What an evaluation found: plain values, a printed table, a JSON file."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from skipmega.evaluation.files import write_text_atomically
+
+_HEADERS = ("task", "version", "shots", "samples", "metric", "", "value", "stderr")
+_NUMBER_COLUMNS = {2, 3, 6, 7}
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric of one task.
+
+    ``filter`` names lm-eval's post-processing ("none" for likelihoods). ``stderr`` is the standard error
+    over the samples, None where lm-eval gives none (word, byte perplexity and bits per byte).
+    """
+
+    name: str
+    filter: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """All metrics of one task or group. ``num_samples`` is what was evaluated of ``num_available``; both
+    are None for a group."""
+
+    name: str
+    version: str
+    num_fewshot: int | None
+    num_samples: int | None
+    num_available: int | None
+    metrics: list[MetricResult]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One evaluation of one model.
+
+    ``settings`` are the arguments that decide the numbers, ``versions`` those of the software,
+    ``seconds`` the wall time of the whole evaluation and ``finished`` its end, UTC, ISO 8601.
+    """
+
+    model: str
+    tasks: list[TaskResult]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    finished: str
+
+    def metric(self, task: str, name: str) -> float:
+        """The value of metric ``name`` (first filter) of ``task``.
+
+        Raises:
+            KeyError: there is no such task or metric; the message says which there are.
+        """
+        found = {
+            (task_result.name, metric.name): metric.value
+            for task_result in self.tasks
+            for metric in reversed(task_result.metrics)
+        }
+        if (task, name) not in found:
+            raise KeyError(f"no metric {name!r} of task {task!r}; there are {sorted(found)}")
+        return found[task, name]
+
+    def table(self) -> str:
+        """A plain-text table, one line a metric; an arrow says which way is better."""
+        rows = [_row(task, metric) for task in self.tasks for metric in task.metrics]
+        widths = [max(len(row[column]) for row in [_HEADERS, *rows]) for column in range(len(_HEADERS))]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([_line(_HEADERS, widths), rule, *[_line(row, widths) for row in rows]])
+
+    def write_json(self, path: str | Path) -> None:
+        """Write everything to ``path``, atomically; a value that is not finite is written as null."""
+        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        write_text_atomically(Path(path), text + "\n")
+
+
+def collect_tasks(report: Mapping[str, Any]) -> list[TaskResult]:
+    """The tasks in what ``lm_eval.evaluator.evaluate`` returns, in the order asked."""
+    tasks = []
+    for name, values in report["results"].items():
+        samples = report["n-samples"].get(name, {})
+        better = report["higher_is_better"].get(name, {})
+        tasks.append(
+            TaskResult(
+                name=name,
+                version=str(report["versions"].get(name, "")),
+                num_fewshot=report["n-shot"].get(name),
+                num_samples=samples.get("effective"),
+                num_available=samples.get("original"),
+                metrics=_collect_metrics(values, better),
+            )
+        )
+    return tasks
+
+
+def _collect_metrics(values: Mapping[str, Any], better: Mapping[str, Any]) -> list[MetricResult]:
+    """lm-eval's flat ``{"acc,none": .., "acc_stderr,none": ..}`` as a list."""
+    metrics = []
+    for key, value in values.items():
+        name, comma, filter_name = key.partition(",")
+        if not comma or name.endswith("_stderr"):
+            continue
+        stderr = values.get(f"{name}_stderr,{filter_name}")
+        metrics.append(
+            MetricResult(
+                name=name,
+                filter=filter_name,
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                higher_is_better=better.get(name),
+            )
+        )
+    return metrics
+
+
+def _row(task: TaskResult, metric: MetricResult) -> tuple[str, ...]:
+    arrow = {True: "↑", False: "↓", None: ""}[metric.higher_is_better]
+    name = metric.name if metric.filter == "none" else f"{metric.name} ({metric.filter})"
+    samples = "" if task.num_samples is None else str(task.num_samples)
+    if task.num_available is not None and task.num_available != task.num_samples:
+        samples += f"/{task.num_available}"
+    return (
+        task.name,
+        task.version,
+        "" if task.num_fewshot is None else str(task.num_fewshot),
+        samples,
+        name,
+        arrow,
+        _number(metric.value),
+        "" if metric.stderr is None else _number(metric.stderr),
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4e}"
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    cells = [
+        cell.rjust(width) if column in _NUMBER_COLUMNS else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
