@@ -1,0 +1,242 @@
+"""From ``DataConfig`` to the samples of a run: megatron-core's blended GPT data sets, checked beforehand.
+
+Rank 0 checks the files and builds the sample indices in the index cache; all ranks map them from there, so
+the cache must be on a file system that they share. Whatever rank 0 finds wrong every rank raises, which is
+why no rank is left waiting.
+"""
+
+import math
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from skipmega.config import DataConfig, DataSource
+from skipmega.data.batches import SampleSource
+from skipmega.data.indexed import check_dataset
+from skipmega.data.tokenizer import Tokenizer
+from skipmega.errors import DataError
+
+_SMALLEST_SURPLUS = 0.005
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class RunDatasets:
+    """Training and held-out samples in the run's order; ``valid`` is None if none were asked for."""
+
+    train: SampleSource
+    valid: SampleSource | None
+
+
+def build_datasets(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    num_train_samples: int,
+    num_valid_samples: int,
+    seed: int,
+    index_cache: str | Path,
+) -> RunDatasets:
+    """Check the data and build the samples; all processes call it if torch.distributed is initialised.
+
+    Sources are drawn in proportion to their weights and repeated as often as the samples need. The order
+    is a function of the arguments and the data alone.
+
+    Args:
+        config: sources, split and sequence length.
+        tokenizer: the run's tokenizer.
+        num_train_samples: sequences of the whole run; part of what determines their order.
+        num_valid_samples: held-out sequences; 0 builds none.
+        seed: of the shuffles.
+        index_cache: folder for the sample indices, shared by all processes.
+
+    Raises:
+        DataError: no sources, a data set that :func:`skipmega.data.indexed.check_dataset` refuses, a part
+            too small for one sample, or a cache that not all processes can use.
+    """
+    parts = _plan_parts(config, num_train_samples, num_valid_samples)
+    cache = Path(index_cache)
+    fingerprints = _on_rank_0(lambda: _check_parts(parts, config.sequence_length, tokenizer))
+    _check_cache(cache)
+    adapter = _MegatronTokenizer(tokenizer, fingerprints)
+    with _process_group():
+        built = [_build_part(part, config.sequence_length, adapter, seed, cache) for part in parts]
+    return RunDatasets(train=built[0], valid=built[1] if len(built) > 1 else None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The training or the held-out part: its sources, and which share of their documents it takes."""
+
+    split: Split
+    sources: tuple[DataSource, ...]
+    share: tuple[float, float]
+    samples: int
+
+
+def _plan_parts(config: DataConfig, num_train_samples: int, num_valid_samples: int) -> list[_Part]:
+    if not config.train:
+        raise DataError("data.train names no data set: give the path of a prepared pair, without its ending")
+    whole = (0.0, 1.0)
+    cut = config.split[0] / sum(config.split)
+    train_share = whole if config.valid else (0.0, cut)
+    parts = [_Part(Split.train, tuple(config.train), train_share, num_train_samples)]
+    if num_valid_samples > 0:
+        valid_share = whole if config.valid else (cut, 1.0)
+        parts.append(_Part(Split.valid, tuple(config.valid or config.train), valid_share, num_valid_samples))
+    return parts
+
+
+def _check_parts(parts: Sequence[_Part], sequence_length: int, tokenizer: Tokenizer) -> dict[str, str]:
+    """Refuse unusable sources; return the SHA-256 of each one's index."""
+    prefixes = dict.fromkeys(source.path for part in parts for source in part.sources)
+    checked = {prefix: check_dataset(prefix, tokenizer) for prefix in prefixes}
+    for part in parts:
+        for source in part.sources:
+            lengths = checked[source.path].lengths
+            first, end = (round(edge * float(len(lengths))) for edge in part.share)
+            tokens = int(lengths[first:end].sum(dtype=np.int64))
+            if tokens <= sequence_length:
+                of = "" if part.share == (0.0, 1.0) else f" of the {len(lengths)} (data.split)"
+                raise DataError(
+                    f"{source.path} is too small: its {part.split.name} part has {tokens} tokens in "
+                    f"{end - first} documents{of}, and one sample needs data.sequence_length + 1 = "
+                    f"{sequence_length + 1}: give more data, another split, or shorter sequences"
+                )
+    return {prefix: dataset.index_sha256 for prefix, dataset in checked.items()}
+
+
+def _check_cache(cache: Path) -> None:
+    """Refuse a cache folder that rank 0 cannot write or another rank cannot see."""
+
+    def leave_marker() -> Path:
+        marker = cache / f".visible-{uuid.uuid4().hex}"
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+        except OSError as error:
+            raise DataError(
+                f"cannot write the index cache {cache}: {error.strerror}; set data.index_cache to a "
+                "writable folder"
+            ) from None
+        return marker
+
+    marker = _on_rank_0(leave_marker)
+    blind = [rank for rank, seen in enumerate(_from_all_ranks(marker.exists())) if not seen]
+    if _rank() == 0:
+        marker.unlink()
+    if blind:
+        raise DataError(
+            f"the index cache {cache}, written by rank 0, is not visible on ranks {blind}: set "
+            "data.index_cache to a folder on a file system that all nodes share"
+        )
+
+
+class _MegatronTokenizer:
+    """What megatron-core's data sets ask of a tokenizer.
+
+    ``unique_identifiers`` goes into the names of cached indices: with the fingerprints of the data, a cache
+    made from files that were since replaced is not found again. There is no ``pad``: samples are full.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, fingerprints: dict[str, str]) -> None:
+        self.eod = tokenizer.eod_id
+        self.vocab_size = tokenizer.size
+        self.unique_identifiers = {"tokenizer": tokenizer.sha256, "indices": fingerprints}
+
+
+def _build_part(
+    part: _Part, sequence_length: int, tokenizer: _MegatronTokenizer, seed: int, cache: Path
+) -> SampleSource:
+    prefixes = [source.path for source in part.sources]
+    weights = [source.weight for source in part.sources] if len(prefixes) > 1 else None
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence_length,
+        blend=(prefixes, weights),
+        split="1,1,1",
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=_surplus(weights, part.samples),
+    )
+    config.split_matrix = [part.share if split is part.split else None for split in Split]
+    sizes = [part.samples if split is part.split else 0 for split in Split]
+    try:
+        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    except Exception as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, (OSError, EOFError, ValueError)):
+            raise DataError(
+                f"cannot use the index cache {cache} ({cause}): remove the folder, it is made anew"
+            ) from error
+        raise
+    return cast(SampleSource, built[part.split.value])
+
+
+def _surplus(weights: list[float] | None, samples: int) -> float:
+    """The share of samples that each source must have beyond its own, lest a blend run out of one.
+
+    megatron-core rounds every source's samples up, and so makes the blend longer than what it built the
+    sources for.
+    """
+    if weights is None:
+        return _SMALLEST_SURPLUS
+    shares = [weight / sum(weights) for weight in weights]
+    planned = [math.ceil(samples * share) for share in shares]
+    drawn = [math.floor(sum(planned) * share) + 1 for share in shares]
+    needed = (most / least - 1 for most, least in zip(drawn, planned, strict=True))
+    return max(_SMALLEST_SURPLUS, *needed)
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """A group of this one process where there is none: megatron-core's blends ask for a rank."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _from_all_ranks(value: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _on_rank_0(function: Callable[[], _Result]) -> _Result:
+    """``function()`` of rank 0, returned on every rank; so is the :class:`DataError` that it raised."""
+    outcome: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            outcome[0] = function()
+        except DataError as error:
+            outcome[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise DataError(outcome[1])
+    return cast(_Result, outcome[0])

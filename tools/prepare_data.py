@@ -1,0 +1,73 @@
+"""Tokenize a corpus into a megatron-core data set (.bin, .idx) with a manifest, or verify one."""
+
+import argparse
+
+from skipmega.data.indexed import verify_checksums
+from skipmega.data.manifest import Manifest
+from skipmega.data.prepare import prepare_dataset
+from skipmega.data.readers import Corpus
+from skipmega.data.tokenizer import Tokenizer
+from skipmega.launch.cli import run_script
+
+
+def main() -> None:
+    """Parse the arguments, prepare or verify, and say what came of it."""
+    arguments = _parse_arguments()
+    if arguments.verify:
+        _describe(arguments.output, verify_checksums(arguments.output))
+        return
+    corpus = Corpus(arguments.input, text_field=arguments.text_field, skip_bad=arguments.skip_bad)
+    pairs = prepare_dataset(
+        corpus,
+        arguments.output,
+        Tokenizer.load(arguments.tokenizer),
+        workers=arguments.workers,
+        valid_fraction=arguments.valid_fraction,
+        overwrite=arguments.overwrite,
+    )
+    for pair in pairs:
+        _describe(str(pair.prefix), pair.manifest)
+
+
+def _describe(prefix: str, manifest: Manifest) -> None:
+    print(
+        f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens, "
+        f"{manifest.text_bytes / manifest.tokens:.2f} bytes a token; of the corpus, "
+        f"{manifest.empty_documents} empty documents and {manifest.bad_records} bad records were skipped"
+    )
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "input",
+        nargs="*",
+        help="folders and files: .jsonl (also .gz, .zst), .parquet, anything else is one text document",
+    )
+    parser.add_argument("--output", required=True, help="path of the data set, without an ending")
+    parser.add_argument("--tokenizer", help="the .model file")
+    parser.add_argument("--text-field", default="text", help="JSON field or parquet column of the text")
+    parser.add_argument("--workers", type=int, default=1, help="tokenizing processes")
+    parser.add_argument(
+        "--valid-fraction",
+        type=float,
+        default=0.0,
+        help="share of documents, chosen by a hash of their text, to write to OUTPUT-valid instead",
+    )
+    parser.add_argument("--skip-bad", action="store_true", help="skip and count records without usable text")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    parser.add_argument(
+        "--verify", action="store_true", help="only compare the data set at OUTPUT with its checksums"
+    )
+    arguments = parser.parse_args()
+    if not arguments.verify and not (arguments.input and arguments.tokenizer):
+        parser.error("INPUT and --tokenizer are needed, unless --verify is given")
+    if arguments.workers < 1:
+        parser.error(f"--workers {arguments.workers} must be at least 1")
+    return arguments
+
+
+if __name__ == "__main__":
+    run_script(main)
