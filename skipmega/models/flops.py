@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step: as if dense, and as executed.
+"""Parameters, and floating-point operations of a training step: as if dense, and as executed.
 
 A multiply and an add are two operations; backward costs twice forward. Attention counts the causal half.
 Routers, norms and activations are left out (well under a percent).
@@ -31,3 +31,14 @@ def training_flops_per_token(config: RunConfig, densities: list[float] | None = 
     return 3 * forward_flops_per_token(
         config.model, config.vocab_size, config.data.sequence_length, densities or [1.0] * layers
     )
+
+
+def count_parameters(config: RunConfig) -> int:
+    """Number of weights of the whole model, a tied embedding counted once."""
+    model = config.model
+    heads, kv_heads = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
+    matrices = 3 if model.activation == "swiglu" else 2
+    layer = model.hidden_size * (2 * heads + 2 * kv_heads + matrices * model.ffn_size + 2)
+    routers = sum(2 * model.hidden_size for i in range(model.num_layers) if config.layer_is_routed(i))
+    embeddings = (1 if model.tie_embeddings else 2) * config.vocab_size * model.hidden_size
+    return model.num_layers * layer + routers + embeddings + model.hidden_size

@@ -24,7 +24,7 @@ from skipmega.parallel.mpu import DeepSpeedMpu
 from skipmega.parallel.pipeline import attach_loss, run_micro_batches
 from skipmega.routing.density import squared_penalty
 from skipmega.routing.router import NoiseKey
-from skipmega.training.optimizers import build_optimizer
+from skipmega.training.optimizers import build_optimizer, create_moments
 
 
 @dataclass
@@ -83,6 +83,7 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.stage: DecoderStage = self._deepspeed.module
+        create_moments(self.optimizer, self.stage, grid)
         if config.training.compile:
             for layer in self.stage.layers.values():
                 layer.compile()

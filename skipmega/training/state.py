@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from skipmega.parallel.logical import LogicalTensor, partition_dim
 from skipmega.training.adafactor import ShardedAdafactor
 from skipmega.training.engine import TrainingEngine
-
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+from skipmega.training.optimizers import ADAM_MOMENTS, set_updates_done
 
 ReadTensors = Callable[[dict[str, LogicalTensor]], None]
 
@@ -46,7 +45,7 @@ def restore_state(engine: TrainingEngine, updates: int, read: ReadTensors) -> No
         updates: optimizer updates done so far.
         read: fills the tensors of a dict like :func:`collect_state`'s in place.
     """
-    _create_moments(engine, updates)
+    set_updates_done(engine.optimizer, updates)
     state = collect_state(engine)
     read(state)
     device = engine.grid.device
@@ -63,29 +62,6 @@ def restore_state(engine: TrainingEngine, updates: int, read: ReadTensors) -> No
         tensor.local.copy_(state[key].local)
 
 
-def optimizer_updates(engine: TrainingEngine) -> int:
-    """Updates the optimizer has done (its own count, which bias correction uses)."""
-    base = engine.optimizer.optimizer
-    if isinstance(base, ShardedAdafactor):
-        return base.updates
-    counts = {int(state["step"]) for state in base.state.values()}
-    return counts.pop() if counts else 0
-
-
-def _create_moments(engine: TrainingEngine, updates: int) -> None:
-    """Give a fresh optimizer the (zero) moments it would only make in its first step."""
-    zero, base = engine.optimizer, engine.optimizer.optimizer
-    if isinstance(base, ShardedAdafactor):
-        base.updates = updates
-        base.create_moments()
-    else:
-        for piece in zero.single_partition_of_fp32_groups:
-            count = torch.tensor(float(updates), device=piece.device if base.defaults["fused"] else "cpu")
-            moments = {moment: torch.zeros_like(piece) for moment in ADAM_MOMENTS}
-            base.state[piece] = {"step": count, **moments}
-    zero._lazy_init_hp_params_optimizer_state()
-
-
 def _full_moments(engine: TrainingEngine, parameter: nn.Parameter) -> tuple[str, ...]:
     """Names of the moments that have the parameter's shape."""
     if isinstance(engine.optimizer.optimizer, ShardedAdafactor):
@@ -99,11 +75,12 @@ def _factored_moments(engine: TrainingEngine) -> Iterator[tuple[str, LogicalTens
     if not isinstance(base, ShardedAdafactor):
         return
     for group in base.param_groups:
-        layout, (piece,) = group["layout"], group["params"]
-        if layout.is_factored:
+        (piece,) = group["params"]
+        for fragment in group["fragments"] if group["kind"] == "matrices" else []:
             for moment, dim in (("row", 0), ("column", 1)):
-                cut = 0 if layout.partition_dim == dim else None
-                yield f"optimizer/{moment}/{layout.name}", LogicalTensor(base.state[piece][moment], cut)
+                cut = 0 if fragment.dim == dim else None
+                live = base.state[piece][f"{moment}/{fragment.name}"]
+                yield f"optimizer/{moment}/{fragment.name}", LogicalTensor(live, cut)
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:
