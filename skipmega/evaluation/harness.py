@@ -83,32 +83,42 @@ def evaluate_export(
 ) -> EvaluationResult:
     """Evaluate a Hugging Face model folder through lm-eval's own ``hf`` model, in float32, one process.
 
-    The code in the folder is run (``trust_remote_code``). The numbers are those of
-    ``lm_eval run --model hf --model_args pretrained=DIRECTORY,trust_remote_code=True,dtype=float32``, and
-    those of :func:`evaluate_tasks` on the same weights if the folder's tokenizer adds no special tokens,
-    has the end-of-document token as ``eos_token`` and no ``bos_token``, and ``max_position_embeddings``
-    is the model's ``max_length``.
+    The code in the folder is run (``trust_remote_code``). What has no context is conditioned on the
+    ``eos_token``, with which training ends documents, also where the tokenizer has a ``bos_token``, which
+    lm-eval would take by itself. On the same weights the numbers are those of :func:`evaluate_tasks` if
+    the tokenizer adds no special tokens and ``max_position_embeddings`` is the model's ``max_length``.
+    The command that does the same is ``lm_eval run --model hf --model_args
+    pretrained=DIRECTORY,trust_remote_code=True,dtype=float32,prefix_token_id=EOS_ID``.
 
     Args:
-        directory: a folder with config.json, weights and tokenizer.
+        directory: a folder with config.json, weights and a tokenizer.
         device: "cpu" or "cuda".
 
     The other arguments are those of :func:`evaluate_tasks`.
 
     Raises:
-        CheckpointError: ``directory`` is not a Hugging Face model folder.
+        CheckpointError: ``directory`` is not a Hugging Face model folder, or lacks a tokenizer.
         ConfigError: as for :func:`evaluate_tasks`.
         DataError: as for :func:`evaluate_tasks`.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} has no config.json: give the folder of a Hugging Face export")
+    for name, what in (("config.json", "model"), ("tokenizer_config.json", "tokenizer")):
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory} has no {name}: give the folder of a Hugging Face export with its {what}"
+            )
     settings = _Settings(tasks, num_fewshot, include_paths, limit, batch_size, seed)
     _prepare_lm_eval("lm_eval", "transformers", "accelerate")
     from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"the tokenizer in {directory} has no eos_token, which ends documents")
     adapter = HFLM(
         pretrained=str(directory),
+        tokenizer=tokenizer,
+        prefix_token_id=tokenizer.eos_token_id,
         trust_remote_code=True,
         dtype="float32",
         device=device,

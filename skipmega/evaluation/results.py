@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from skipmega.evaluation.files import write_text_atomically
+from skipmega.data.files import atomic_write
 
 _HEADERS = ("task", "version", "shots", "samples", "metric", "", "value", "stderr")
 _NUMBER_COLUMNS = {2, 3, 6, 7}
@@ -81,7 +81,8 @@ class EvaluationResult:
     def write_json(self, path: str | Path) -> None:
         """Write everything to ``path``, atomically; a value that is not finite is written as null."""
         text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(Path(path), text + "\n")
+        with atomic_write(Path(path)) as stream:
+            stream.write(f"{text}\n".encode())
 
 
 def collect_tasks(report: Mapping[str, Any]) -> list[TaskResult]:

@@ -15,8 +15,8 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from skipmega.data.files import atomic_write
 from skipmega.errors import ConfigError, DataError
-from skipmega.evaluation.files import write_text_atomically
 
 Record = dict[str, Any]
 
@@ -393,8 +393,11 @@ def _read_jsonl(path: Path) -> list[Record]:
 
 
 def _write_jsonl(path: Path, records: Sequence[Record]) -> None:
-    write_text_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    with atomic_write(path) as stream:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 def _write_yaml(path: Path, values: Record) -> None:
-    write_text_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    with atomic_write(path) as stream:
+        stream.write(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())

@@ -137,10 +137,16 @@ def test_batch_size_changes_nothing(native, documents):
 
 
 @pytest.fixture(scope="module")
-def hf_adapter(export: Path) -> Any:
+def hf_adapter(export: Path, native: Any) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(export), dtype="float32", device="cpu", batch_size=4)
+    return HFLM(
+        pretrained=str(export),
+        prefix_token_id=native[1].eod_id,
+        dtype="float32",
+        device="cpu",
+        batch_size=4,
+    )
 
 
 def test_likelihoods_are_those_of_the_hf_model(native, hf_adapter, documents):

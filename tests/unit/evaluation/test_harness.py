@@ -122,7 +122,13 @@ def test_settings_that_cannot_work_are_refused(make_bigram, byte_tokenizer, task
         evaluate_tasks(make_bigram(512), byte_tokenizer, tasks, **settings)
 
 
-def test_unknown_task_names_the_nearest(make_bigram, byte_tokenizer, task_folder):
+def test_unknown_task_names_the_nearest(make_bigram, byte_tokenizer, task_folder, monkeypatch):
+    import lm_eval.tasks
+
+    def without_defaults(include_path, include_defaults, manager=lm_eval.tasks.TaskManager):
+        return manager(include_path=include_path, include_defaults=False)  # saves ten seconds
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", without_defaults)
     with pytest.raises(ConfigError, match=r"'local_chioces'.*did you mean local_choices"):
         evaluate_tasks(make_bigram(), byte_tokenizer, ["local_chioces"], include_paths=[task_folder])
 
