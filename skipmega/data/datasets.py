@@ -119,19 +119,19 @@ def _check_parts(parts: Sequence[_Part], sequence_length: int, tokenizer: Tokeni
 def _check_cache(cache: Path) -> None:
     """Refuse a cache folder that rank 0 cannot write or another rank cannot see."""
 
-    def leave_marker() -> Path:
-        marker = cache / f".visible-{uuid.uuid4().hex}"
+    def leave_marker() -> str:
+        name = f".visible-{uuid.uuid4().hex}"
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            marker.touch()
+            (cache / name).touch()
         except OSError as error:
             raise DataError(
                 f"cannot write the index cache {cache}: {error.strerror}; set data.index_cache to a "
                 "writable folder"
             ) from None
-        return marker
+        return name
 
-    marker = _on_rank_0(leave_marker)
+    marker = cache / _on_rank_0(leave_marker)
     blind = [rank for rank, seen in enumerate(_from_all_ranks(marker.exists())) if not seen]
     if _rank() == 0:
         marker.unlink()

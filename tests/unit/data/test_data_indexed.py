@@ -17,13 +17,13 @@ from skipmega.errors import DataError
 DOCUMENTS = [[5, 6, 7, 2], [8, 2], [9, 10, 11, 12, 13, 2]]
 
 
-@pytest.fixture()
+@pytest.fixture
 def foreign(tmp_path: Path, write_pair: Callable[..., str]) -> str:
     """A sound pair without a manifest: 12 int32 tokens."""
     return write_pair(tmp_path / "foreign", DOCUMENTS)
 
 
-@pytest.fixture()
+@pytest.fixture
 def prepared(tmp_path: Path, tokenizer: Tokenizer) -> str:
     """A sound pair with a manifest."""
     (tmp_path / "corpus.txt").write_text("some text to tokenize\n" * 20)
@@ -133,7 +133,7 @@ def test_tokens_outside_the_vocabulary(
 def test_tokens_outside_the_vocabulary_by_the_manifest(prepared: str, tokenizer: Tokenizer) -> None:
     path = manifest_path(prepared)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_token_id": 600}))
-    with pytest.raises(DataError, match="token id 600, but .* has 600 ids"):
+    with pytest.raises(DataError, match=r"token id 600, but .* has 600 ids"):
         check_dataset(prepared, tokenizer)
 
 

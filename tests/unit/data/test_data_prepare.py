@@ -21,7 +21,7 @@ from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 
 
-@pytest.fixture()
+@pytest.fixture
 def corpus(tmp_path: Path, source_texts: list[str]) -> Corpus:
     """Each line of real source is a document; some are empty, one is bad."""
     lines = [json.dumps({"text": line}) for text in source_texts for line in text.splitlines(keepends=True)]
