@@ -8,6 +8,7 @@ This module needs lm-eval; :func:`skipmega.evaluation.evaluate_tasks` imports it
 be there.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ from skipmega.errors import ConfigError, DataError
 from skipmega.evaluation.interface import LanguageModel, TextTokenizer
 
 T = TypeVar("T")
+
+_LOGGER = logging.getLogger(__name__)
 
 DEFAULT_GENERATED_TOKENS = 256
 # What changes nothing when decoding is greedy; anything else in a task's generation_kwargs is refused.
@@ -97,6 +100,7 @@ class SkipmegaLM(TemplateLM):
             ConfigError: a task wants sampling or beams, or more tokens than the model is long.
         """
         generations = [self._start_generation(*request.args) for request in requests]
+        self._warn_of_cuts(sum(generation.was_cut for generation in generations), len(generations))
         by_length = sorted(generations, key=lambda generation: -len(generation.tokens))
         with self._progress(len(generations), "generate") as progress:
             for batch in _batches(by_length, self._batch_size):
@@ -120,6 +124,8 @@ class SkipmegaLM(TemplateLM):
         rows: dict[tuple[int, ...], list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
             rows.setdefault(self._input_of(context, continuation), []).append(index)
+        longest = self._language_model.max_length + 1
+        self._warn_of_cuts(sum(len(context) + len(rest) > longest for context, rest in pairs), len(pairs))
         scores = [(0.0, False)] * len(pairs)
         with self._progress(len(pairs), label) as progress:
             for batch in _batches(sorted(rows, key=len, reverse=True), self._batch_size):
@@ -178,9 +184,13 @@ class SkipmegaLM(TemplateLM):
                 f"max_gen_toks={budget} does not leave room for a prompt in a model of {length} tokens: "
                 "lower max_gen_toks in the task's generation_kwargs"
             )
-        prompt_ids = self.tok_encode(prompt)[budget - length :] or [self.prefix_token_id]
-        until = handle_stop_sequences(settings["until"], eos=None)
-        return _Generation(tokens=prompt_ids, until=until, budget=budget)
+        prompt_ids = self.tok_encode(prompt) or [self.prefix_token_id]
+        return _Generation(
+            tokens=prompt_ids[budget - length :],
+            until=handle_stop_sequences(settings["until"], eos=None),
+            budget=budget,
+            was_cut=len(prompt_ids) > length - budget,
+        )
 
     def _finish(self, batch: Sequence["_Generation"]) -> None:
         running = list(batch)
@@ -213,6 +223,15 @@ class SkipmegaLM(TemplateLM):
         size = self._text_tokenizer.size
         return self._text_tokenizer.decode([token for token in ids if token < size])
 
+    def _warn_of_cuts(self, cut: int, total: int) -> None:
+        if cut and self._show_progress:
+            _LOGGER.warning(
+                "%d of %d requests lost their beginning: they are longer than the model's %d tokens",
+                cut,
+                total,
+                self._language_model.max_length,
+            )
+
     def _progress(self, total: int, label: str) -> "tqdm[Any]":
         return tqdm(total=total, desc=label, unit=" requests", disable=not self._show_progress)
 
@@ -220,11 +239,12 @@ class SkipmegaLM(TemplateLM):
 @dataclass
 class _Generation:
     """One text being generated. ``tokens`` is the prompt and all that followed, ``generated`` what
-    followed without the end of the text."""
+    followed without the end of the text; ``was_cut`` says that the prompt lost its beginning."""
 
     tokens: list[int]
     until: list[str]
     budget: int
+    was_cut: bool
     generated: list[int] = field(default_factory=list)
     finished: bool = False
 

@@ -63,12 +63,13 @@ def test_choices_of_one_token_share_a_row(make_bigram, byte_tokenizer):
     assert model.batches == [(1, 9)]
 
 
-def test_long_context_is_cut_from_the_left(make_bigram, byte_tokenizer):
-    adapter = SkipmegaLM(make_bigram(8), byte_tokenizer, 1, show_progress=False)
+def test_long_context_is_cut_from_the_left(make_bigram, byte_tokenizer, caplog):
+    adapter = SkipmegaLM(make_bigram(8), byte_tokenizer, 1)
     long, cut = adapter.loglikelihood(
         requests("loglikelihood", [("0123456789abcdef", "xyz"), ("abcdef", "xyz")])
     )
     assert long == cut
+    assert "1 of 2 requests lost their beginning" in caplog.text
 
 
 def test_continuation_longer_than_the_model_is_refused(make_bigram, byte_tokenizer):

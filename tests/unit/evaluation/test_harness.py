@@ -156,7 +156,7 @@ def test_importing_the_package_needs_no_lm_eval_and_preparing_goes_offline():
         "assert hub.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE\n"
     )
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=240)
 
 
 @pytest.mark.skipif(not REAL_SETS.is_dir(), reason=f"no benchmark files in {REAL_SETS}")
