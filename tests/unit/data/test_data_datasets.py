@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from skipmega.config import DataConfig, DataSource
+from skipmega.data.batches import make_loader
 from skipmega.data.datasets import RunDatasets, build_datasets
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
@@ -54,6 +55,29 @@ def test_samples_follow_the_format(tmp_path: Path, counted: str, tokenizer: Toke
     assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
     assert (sample["tokens"].dtype, sample["loss_mask"].dtype) == (torch.int64, torch.float32)
     assert all(datasets.train[index]["loss_mask"].all() for index in range(60))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_become_batches(tmp_path: Path, counted: str, tokenizer: Tokenizer, num_workers: int) -> None:
+    datasets = _build(_config(counted), tokenizer, tmp_path / "cache", valid=0)
+    batches = make_loader(
+        datasets.train,
+        consumed_samples=2,
+        total_samples=20,
+        micro_batch_size=3,
+        dp_rank=0,
+        dp_size=2,
+        document_end=tokenizer.eod_id,
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+    batch = next(batches)
+    assert batch.sample_ids.tolist() == [2, 3, 4]
+    assert batch.tokens.tolist() == _tokens(datasets)[2:5]
+    assert batch.document_ids is not None
+    for tokens, documents in zip(batch.tokens, batch.document_ids, strict=True):
+        for document in documents.unique():  # every document of this data repeats one token
+            assert len(set(tokens[documents == document].tolist()) - {tokenizer.eod_id}) <= 1
 
 
 def test_the_order_is_a_function_of_the_arguments(tmp_path: Path, counted: str, tokenizer: Tokenizer) -> None:

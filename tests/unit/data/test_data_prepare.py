@@ -115,6 +115,23 @@ def test_a_failure_leaves_nothing_behind(
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_an_interrupted_replacement_leaves_no_pair_that_passes(
+    tmp_path: Path, corpus: Corpus, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_dataset(corpus, tmp_path / "out", tokenizer)
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(corpus, tmp_path / "out", tokenizer, overwrite=True)
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out.bin"]
+
+
 def test_no_document_is_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": " \\n"}\n{bad\n')
