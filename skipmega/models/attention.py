@@ -14,14 +14,11 @@ from skipmega.parallel.layers import ColumnLinear, RowLinear, enter_tensor_paral
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with rotary positions; heads are cut over the tensor axis."""
 
-    def __init__(
-        self, model: ModelConfig, megatron: TransformerConfig, axis: Axis, backend: AttentionBackend
-    ) -> None:
+    def __init__(self, model: ModelConfig, megatron: TransformerConfig, axis: Axis) -> None:
         super().__init__()
         self.axis = axis
         self.head_size = model.head_size
         self.theta = model.rope_theta
-        self.backend: AttentionBackend = backend
         heads, kv_heads = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
         self.query = ColumnLinear(model.hidden_size, heads, megatron, axis)
         self.key = ColumnLinear(model.hidden_size, kv_heads, megatron, axis)
@@ -29,7 +26,12 @@ class Attention(nn.Module):
         self.output = RowLinear(heads, model.hidden_size, megatron, axis)
 
     def forward(
-        self, all_tokens: Tensor, queries: Tensor, positions: Tensor | None, documents: Tensor | None
+        self,
+        all_tokens: Tensor,
+        queries: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        backend: AttentionBackend,
     ) -> Tensor:
         """Attend.
 
@@ -38,6 +40,7 @@ class Attention(nn.Module):
             queries: [q, b, hidden], normalised; the tokens that execute (or ``all_tokens`` itself).
             positions: [q, b] int64 positions of the queries, ascending; None when q = s.
             documents: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`.
+            backend: the implementation to use.
 
         Returns:
             [q, b, hidden].
@@ -48,7 +51,7 @@ class Attention(nn.Module):
         value = self._heads(self.value(shared))
         asked = shared if positions is None else enter_tensor_parallel(queries, self.axis)
         query = rotate(self._heads(self.query(asked)), order if positions is None else positions, self.theta)
-        attended = packed_attention(query, key, value, positions, documents, self.backend)
+        attended = packed_attention(query, key, value, positions, documents, backend)
         return self.output(attended.flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:

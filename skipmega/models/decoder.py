@@ -4,6 +4,7 @@ Parameter names are global (``layers.7.mlp.up.weight`` is layer 7 on any grid); 
 tensor-parallel rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,9 +13,8 @@ from megatron.core.enums import ModelType
 from torch import Tensor, nn
 
 from skipmega.config import RunConfig
-from skipmega.kernels.attention import AttentionBackend
 from skipmega.models.initialization import initialize
-from skipmega.models.layer import DecoderLayer, LayerContext, RoutingRecord
+from skipmega.models.layer import DecoderLayer, LayerContext, LayerResult, RoutingRecord
 from skipmega.models.norm import RMSNorm
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.layers import (
@@ -54,12 +54,11 @@ class DecoderStage(nn.Module):
     Args:
         config: the run's configuration, vocabulary resolved.
         grid: this process's place.
-        backend: attention implementation.
     """
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, config: RunConfig, grid: ParallelGrid, backend: AttentionBackend = "sdpa") -> None:
+    def __init__(self, config: RunConfig, grid: ParallelGrid) -> None:
         super().__init__()
         model = config.model
         self.grid = grid
@@ -75,7 +74,7 @@ class DecoderStage(nn.Module):
         layers = stage_layers(model.num_layers, grid.pipeline.size, grid.pipeline.rank)
         self.layers = nn.ModuleDict(
             {
-                str(number): DecoderLayer(config, number, self.config, grid.tensor, backend)
+                str(number): DecoderLayer(config, number, self.config, grid.tensor)
                 for number in range(layers.first, layers.end)
             }
         )
@@ -91,6 +90,7 @@ class DecoderStage(nn.Module):
             # DeepSpeed counts a parameter so marked once in the gradient norm
             self.embedding.weight.ds_pipe_replicated = True
         self._received: Tensor | None = None
+        self._compiled: dict[str, Callable[..., LayerResult]] = {}
         initialize(self, config, grid.tensor)
 
     @property
@@ -98,6 +98,10 @@ class DecoderStage(nn.Module):
         """Whether the tied embedding lives on this stage and on another one."""
         ends = self.grid.is_first_stage or self.grid.is_last_stage
         return self.tied and self.grid.pipeline.size > 1 and ends
+
+    def compile_layers(self) -> None:
+        """Compile each layer for training, where shapes are fixed; evaluation (dropless) stays eager."""
+        self._compiled = {name: torch.compile(layer) for name, layer in self.layers.items()}
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Receive the previous stage's hidden states; called by the schedule before each forward."""
@@ -117,7 +121,8 @@ class DecoderStage(nn.Module):
             hidden = self._received
         records = {}
         for name, layer in self.layers.items():
-            hidden, record = layer(hidden, context)
+            run = self._compiled.get(name, layer) if self.training else layer
+            hidden, record = run(hidden, context)
             if record is not None:
                 records[int(name)] = record
         return StageOutput(hidden=hidden, records=records)

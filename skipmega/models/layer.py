@@ -27,12 +27,13 @@ class LayerContext:
     """What all layers share in one micro-batch.
 
     ``documents`` [b, s] int64 or None; ``noise`` makes the routers sample (training), None decides
-    greedily; ``capacity_factor`` None is dropless.
+    greedily; ``capacity_factor`` None is dropless; ``attention`` is the implementation to use.
     """
 
     documents: Tensor | None
     noise: NoiseKey | None
     capacity_factor: float | None
+    attention: AttentionBackend = "sdpa"
 
 
 class RoutingRecord(NamedTuple):
@@ -42,16 +43,17 @@ class RoutingRecord(NamedTuple):
     executed: Tensor  # [s, b] bool, tokens that ran (chosen and not over capacity)
 
 
+LayerResult = tuple[Tensor, RoutingRecord | None]
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward network, with a router in front if ``router`` is given."""
 
-    def __init__(
-        self, config: RunConfig, layer: int, megatron: TransformerConfig, axis: Axis, backend: AttentionBackend
-    ) -> None:
+    def __init__(self, config: RunConfig, layer: int, megatron: TransformerConfig, axis: Axis) -> None:
         super().__init__()
         model, routing = config.model, config.routing
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.attention = Attention(model, megatron, axis, backend)
+        self.attention = Attention(model, megatron, axis)
         self.mlp_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.mlp = MLP(model, megatron, axis)
         self.router = (
@@ -62,11 +64,11 @@ class DecoderLayer(nn.Module):
         self.density = routing.density
         self.group_size = routing.group_size
 
-    def forward(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, RoutingRecord | None]:
+    def forward(self, hidden: Tensor, context: LayerContext) -> LayerResult:
         """[s, b, hidden] to the same; also the record of a routed layer."""
         normed = self.attention_norm(hidden)
         if self.router is None:
-            middle = hidden + self.attention(normed, normed, None, context.documents)
+            middle = hidden + self.attention(normed, normed, None, context.documents, context.attention)
             return middle + self.mlp(self.mlp_norm(middle)), None
         decision = self.router(normed, context.noise)
         return self._run_executed(hidden, normed, decision, context)
@@ -83,7 +85,9 @@ class DecoderLayer(nn.Module):
         def pack(full: Tensor) -> Tensor:
             return gather_rows(full.flatten(0, 1), plan.rows, plan.slots).view(-1, batch, full.shape[-1])
 
-        attended = self.attention(normed, pack(normed), plan.positions, context.documents)
+        attended = self.attention(
+            normed, pack(normed), plan.positions, context.documents, context.attention
+        )
         update = attended + self.mlp(self.mlp_norm(pack(hidden) + attended))
         probability = pack(decision.probability.unsqueeze(-1))
         update = update * (1 + probability - probability.detach()).to(update.dtype)

@@ -74,7 +74,7 @@ class TrainingEngine:
         self.attention: AttentionBackend = (
             "flex" if config.training.compile and grid.device.type == "cuda" else "sdpa"
         )
-        stage = DecoderStage(config, grid, self.attention).to(grid.device)
+        stage = DecoderStage(config, grid).to(grid.device)
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=stage,
             optimizer=build_optimizer(stage, config, grid),
@@ -85,8 +85,7 @@ class TrainingEngine:
         self.stage: DecoderStage = self._deepspeed.module
         create_moments(self.optimizer, self.stage, grid)
         if config.training.compile:
-            for layer in self.stage.layers.values():
-                layer.compile()
+            self.stage.compile_layers()
 
     def train_step(self, batches: Iterator[TokenBatch], learning_rate: float, sums: StepSums) -> Tensor:
         """One optimizer step over the next micro-batches; adds what it saw to ``sums``.
@@ -152,7 +151,8 @@ class TrainingEngine:
         def step(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
             noise = NoiseKey(seed, batch.sample_ids)
-            output = stage(batch.tokens, LayerContext(batch.document_ids, noise, routing.capacity_factor))
+            context = LayerContext(batch.document_ids, noise, routing.capacity_factor, self.attention)
+            output = stage(batch.tokens, context)
             hidden = output.hidden
             if output.records:
                 local = torch.stack([record.density for record in output.records.values()])

@@ -1,0 +1,51 @@
+"""From a native checkpoint to a checked export."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from skipmega.checkpoint.store import Checkpoint
+from skipmega.hf.export import verify_export, write_export
+from skipmega.inference.native import NativeModel
+from skipmega.launch.environment import ProcessInfo
+from skipmega.parallel.grid import create_grid, end_communication
+
+_COMPARED_ROWS, _COMPARED_LENGTH = 2, 256
+
+
+def export_checkpoint(checkpoint: Checkpoint, out: str | Path, dtype: str, tolerance: float) -> float | None:
+    """Export, load what was written, and compare its logits with the native model's in fp32.
+
+    Runs in one process, whatever grid wrote the checkpoint.
+
+    Args:
+        checkpoint: a complete one.
+        out: the folder to write.
+        dtype: "fp32" or "bf16", of the exported weights.
+        tolerance: largest allowed absolute logit difference.
+
+    Returns:
+        The largest difference; None for bf16, whose rounding moves routers over their threshold, so that
+        logits of a few tokens differ by their nature.
+
+    Raises:
+        CheckpointError: a difference over ``tolerance``, or a folder that must not be replaced.
+    """
+    config = checkpoint.config
+    exported = torch.bfloat16 if dtype == "bf16" else torch.float32
+    write_export(out, config, checkpoint.read_weights(), config.data.tokenizer, dtype=exported)
+    if dtype == "bf16":
+        return None
+    tokens = _random_tokens(config.vocab_size, min(_COMPARED_LENGTH, config.data.sequence_length))
+    grid = create_grid(ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none"))
+    try:
+        native = NativeModel.load(checkpoint, grid).logits(tokens).cpu()
+    finally:
+        end_communication()
+    return verify_export(out, native, tokens, tolerance)
+
+
+def _random_tokens(vocab_size: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (_COMPARED_ROWS, length), generator=generator)

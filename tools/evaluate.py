@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Evaluates a native checkpoint or a Hugging Face export on lm-eval tasks.
+
+    python tools/evaluate.py runs/quickstart --tasks heldout --include-path runs/quickstart/tasks
+    torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks piqa
+"""
+
+import argparse
+from pathlib import Path
+
+from skipmega.launch.cli import run_script
+
+
+def main() -> None:
+    arguments = _parse()
+    from skipmega.evaluation import evaluate_export
+
+    tasks = arguments.tasks.split(",")
+    settings = {
+        "num_fewshot": arguments.num_fewshot,
+        "include_paths": arguments.include_path,
+        "limit": arguments.limit,
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+    }
+    if (Path(arguments.model) / "config.json").is_file():
+        result = evaluate_export(arguments.model, tasks, **settings)
+        is_first = True
+    else:
+        result, is_first = _evaluate_native(arguments, tasks, settings)
+    if is_first:
+        print(result.table())
+        if arguments.output:
+            result.write_json(arguments.output)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a run folder, a checkpoint, or an export")
+    parser.add_argument("--tasks", required=True, help="lm-eval task names, separated by commas")
+    parser.add_argument("--include-path", action="append", default=[], help="folder of own task files")
+    parser.add_argument("--num-fewshot", type=int, default=1, help="examples in the context (1)")
+    parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=1234, help="of the choice of examples")
+    parser.add_argument("--output", help="write the results to this JSON file too")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="of a native model's grid")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="of a native model's grid")
+    return parser.parse_args()
+
+
+def _evaluate_native(arguments, tasks, settings):
+    from skipmega.checkpoint.store import Checkpoint
+    from skipmega.data.tokenizer import Tokenizer
+    from skipmega.evaluation import evaluate_tasks
+    from skipmega.inference.native import NativeModel
+    from skipmega.launch.environment import discover_process
+    from skipmega.parallel.grid import create_grid, end_communication
+
+    checkpoint = Checkpoint.open(arguments.model)
+    process = discover_process()
+    grid = create_grid(process, arguments.tensor_parallel, arguments.pipeline_parallel)
+    model = NativeModel.load(checkpoint, grid)
+    tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
+    result = evaluate_tasks(model, tokenizer, tasks, **settings)
+    end_communication()
+    return result, grid.rank == 0
+
+
+if __name__ == "__main__":
+    run_script(main)
