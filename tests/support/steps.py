@@ -46,14 +46,15 @@ def tiny_config(overrides: dict[str, dict[str, Any]] | None = None) -> RunConfig
 def tiny_batches(config: RunConfig, grid: ParallelGrid, first_sample: int = 0) -> Iterator[TokenBatch]:
     """Random documents as a pure function of the sample number, cut over data ranks as the real loader does."""
     size, replicas, sample = config.training.micro_batch_size, grid.data.size, first_sample
+    length = config.data.sequence_length
     while True:
         mine = [sample + grid.data.rank * size + i for i in range(size)]
-        rows = torch.stack([_sample(number) for number in mine])
+        rows = torch.stack([_sample(number, length) for number in mine])
         ends = (rows[:, :-1] == 2).long()
         yield TokenBatch(
             tokens=rows[:, :-1],
             labels=rows[:, 1:],
-            loss_mask=torch.ones(size, LENGTH),
+            loss_mask=torch.ones(size, length),
             sample_ids=torch.tensor(mine),
             document_ids=ends.cumsum(1) - ends,
         )
@@ -113,6 +114,6 @@ def gather_logical(engine: TrainingEngine, grid: ParallelGrid, read: Any) -> dic
     return {name: value for stage in reversed(stages) for name, value in stage.items()}
 
 
-def _sample(number: int) -> torch.Tensor:
+def _sample(number: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
-    return torch.randint(0, VOCABULARY, (LENGTH + 1,), generator=generator) % (VOCABULARY - 20)
+    return torch.randint(0, VOCABULARY, (length + 1,), generator=generator) % (VOCABULARY - 20)

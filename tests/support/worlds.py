@@ -27,11 +27,17 @@ os._exit(0)
 """
 
 
-def run_world(function: Callable[..., Any], world_size: int, *arguments: Any, limit: float = 150.0) -> list[Any]:
+def run_world(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    limit: float = 150.0, variables: dict[str, str] | None = None
+) -> list[Any]:
     """Call ``function(*arguments)`` in ``world_size`` processes; returns their results by rank.
 
     Arguments and results are pickled. If any process fails or ``limit`` seconds pass, all are ended and the
-    output of each is raised as an AssertionError; a hanging process prints its stacks first.
+    output of each is raised as an AssertionError; a hanging process prints its stacks first. ``variables``
+    are added to the environment.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -41,7 +47,7 @@ def run_world(function: Callable[..., Any], world_size: int, *arguments: Any, li
         port = _free_port()
         children = [
             subprocess.Popen(
-                command, env=_environment(rank, world_size, port), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
+                command, env={**_environment(rank, world_size, port), **(variables or {})}, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
             )
             for rank, out in enumerate(outputs)
         ]
