@@ -47,7 +47,7 @@ def run_world(
         port = _free_port()
         children = [
             subprocess.Popen(
-                command, env={**_environment(rank, world_size, port), **(variables or {})}, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
+                command, env={**_environment(function, rank, world_size, port), **(variables or {})}, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
             )
             for rank, out in enumerate(outputs)
         ]
@@ -80,7 +80,8 @@ def _wait(children: list[subprocess.Popen[bytes]], limit: float) -> list[int]:
     return [-1] * len(children)
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def _environment(function: Callable[..., Any], rank: int, world_size: int, port: int) -> dict[str, str]:
+    home = Path(str(sys.modules[function.__module__].__file__)).parent
     return {
         **os.environ,
         "RANK": str(rank),
@@ -89,7 +90,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'distributed'}",
+        "PYTHONPATH": f"{home}:{ROOT / 'tests'}:{ROOT}:{os.environ.get('PYTHONPATH', '')}",
     }
 
 
