@@ -1,0 +1,220 @@
+"""What cannot run is refused with the field, the value found, what is allowed and the mend."""
+
+from typing import Any
+
+import pytest
+
+from skipmega.config import RunConfig, build_config, load_config, resolve_grid, resolve_vocabulary
+from skipmega.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("modle.num_layers=2", ["modle: no such field", "did you mean model?", "known here: run_dir, model"]),
+        (
+            "model.num_layer=2",
+            ["model.num_layer: no such field", "did you mean model.num_layers?", "head_dim"],
+        ),
+        (
+            "data.train=[{path: a, wieght: 2}]",
+            [
+                "data.train.0.wieght: no such field",
+                "did you mean data.train.0.weight?",
+                "known here: path, weight",
+            ],
+        ),
+        ("model.num_layers=2.5", ["model.num_layers=2.5", "valid integer"]),
+        ("model.num_layers=0", ["model.num_layers=0", "greater than or equal to 1"]),
+        ("model.hidden_size='768'", ["model.hidden_size='768'", "valid integer"]),
+        ("training.compile=1", ["training.compile=1", "valid boolean"]),
+        ("optimizer.learning_rate=fast", ["optimizer.learning_rate='fast'", "valid number"]),
+        ("optimizer.beta2=1.0", ["optimizer.beta2=1.0", "less than 1"]),
+        ("model.activation=relu", ["model.activation='relu'", "'gelu' or 'swiglu'"]),
+        ("routing.density=0", ["routing.density=0", "greater than 0"]),
+        ("routing.density=1.5", ["routing.density=1.5", "less than or equal to 1"]),
+        ("parallel.zero_stage=4", ["parallel.zero_stage=4", "0, 1, 2 or 3"]),
+        ("model=3", ["model=3", "valid dictionary"]),
+        ("data.split=[1]", ["data.split=[1]", "at least 2 items"]),
+        ("data.split=[1, 2, 3]", ["data.split=[1, 2, 3]", "at most 2 items"]),
+        ("data.split=[0, 0]", ["data.split=[0.0, 0.0]", "two weights >= 0 with a positive sum"]),
+        ("data.split=[-1, 2]", ["data.split=[-1.0, 2.0]", "two weights >= 0 with a positive sum"]),
+        (
+            "model.num_attention_heads=5",
+            ["model: hidden_size=768", "not divisible by num_attention_heads=5", "give head_dim"],
+        ),
+        (
+            "model.num_key_value_heads=5",
+            ["num_attention_heads=12", "num_key_value_heads=5", "choose a divisor"],
+        ),
+        ("model.num_key_value_heads=24", ["num_attention_heads=12", "num_key_value_heads=24"]),
+        ("model.head_dim=63", ["head_dim=63 is odd", "even head_dim"]),
+        (
+            "routing.dense_first=11",
+            [
+                "routing.dense_first=11",
+                "routing.dense_last=1",
+                "model.num_layers=12",
+                "routing.router=always",
+            ],
+        ),
+        (
+            "routing.group_size=768",
+            ["routing.group_size=768", "data.sequence_length=1024", "choose a divisor"],
+        ),
+        ("routing.group_size=2048", ["routing.group_size=2048", "data.sequence_length=1024"]),
+        ("training.stop_after=1001", ["training.stop_after=1001", "training.steps=1000", "lower it"]),
+    ],
+)
+def test_a_refusal_names_field_value_and_what_is_allowed(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, [override])
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, ["model.num_layers=0", "training.step=3", "optimizer.name=sgd"])
+    heading, *problems = str(refused.value).splitlines()
+    assert "not a valid configuration" in heading
+    assert [problem.split("=")[0].split(":")[0].strip() for problem in problems] == [
+        "model.num_layers",
+        "optimizer.name",
+        "training.step",
+    ]
+
+
+def test_a_name_like_none_is_not_guessed() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, ["model.zzzzzz=1"])
+    assert "did you mean" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "routing.dense_first=10",
+        "routing.group_size=1024",
+        "training.stop_after=1000",
+        "model.num_key_value_heads=12",
+    ],
+)
+def test_the_edge_of_each_rule_is_allowed(override: str) -> None:
+    load_config(None, [override])
+
+
+def test_a_dense_model_needs_no_layer_to_route() -> None:
+    config = load_config(None, ["routing.router=always", "routing.dense_first=20"])
+    assert not any(config.layer_is_routed(layer) for layer in range(12))
+
+
+def test_the_layers_between_the_dense_ends_are_routed() -> None:
+    config = load_config(None, ["model.num_layers=6", "routing.dense_first=2", "routing.dense_last=1"])
+    assert [config.layer_is_routed(layer) for layer in range(6)] == [False, False, True, True, True, False]
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(768, 2048), (64, 192), (96, 256), (24, 64)])
+def test_swiglu_s_width_is_eight_thirds_rounded_up_to_64(hidden: int, expected: int) -> None:
+    sizes = {"hidden_size": hidden, "num_attention_heads": 2, "activation": "swiglu"}
+    config = build_config({"model": sizes}, source="test")
+    assert config.model.ffn_size == expected
+    assert build_config({"model": sizes | {"activation": "gelu"}}, source="test").model.ffn_size == 8 * hidden
+
+
+def runnable(**sections: dict[str, Any]) -> RunConfig:
+    """A configuration that fits on any grid of 2 x 3 and its multiples, changed by ``sections``."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {
+            "num_layers": 6,
+            "hidden_size": 24,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "ffn_hidden_size": 48,
+            "vocab_size": 128,
+        },
+        "parallel": {"tensor_parallel": 2, "pipeline_parallel": 3},
+        "training": {"micro_batch_size": 2, "global_batch_size": 8, "eval_sequences": 4},
+    }
+    for section, fields in sections.items():
+        values[section] = values[section] | fields
+    return build_config(values, source="test")
+
+
+def test_the_grid_is_completed_with_the_number_of_replicas() -> None:
+    config = resolve_grid(runnable(), 12)
+    assert config.parallel.data_parallel == 2
+    assert config.micro_batches == 2
+    assert resolve_grid(config, 12) == config
+    assert resolve_grid(runnable(), 6).micro_batches == 4
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "parts"),
+    [
+        ({}, 8, ["8 processes", "tensor_parallel=2", "pipeline_parallel=3", "a multiple of 6"]),
+        ({}, 3, ["3 processes", "a multiple of 6"]),
+        (
+            {"parallel": {"data_parallel": 2}},
+            6,
+            ["parallel.data_parallel=2", "is 12 processes", "6 were started"],
+        ),
+        (
+            {"model": {"num_attention_heads": 3, "num_key_value_heads": 1}},
+            6,
+            ["model.num_attention_heads=3", "parallel.tensor_parallel=2"],
+        ),
+        (
+            {"model": {"num_key_value_heads": 1}},
+            6,
+            ["model.num_key_value_heads=1", "parallel.tensor_parallel=2"],
+        ),
+        ({"model": {"ffn_hidden_size": 49}}, 6, ["model.ffn_hidden_size=49", "parallel.tensor_parallel=2"]),
+        ({"model": {"vocab_size": 127}}, 6, ["model.vocab_size=127", "parallel.tensor_parallel=2"]),
+        ({"model": {"num_layers": 7}}, 6, ["model.num_layers=7", "parallel.pipeline_parallel=3"]),
+        (
+            {"training": {"global_batch_size": 6}},
+            12,
+            ["training.global_batch_size=6", "training.micro_batch_size=2 x 2", "a multiple of 4"],
+        ),
+        (
+            {"training": {"eval_sequences": 6}},
+            12,
+            ["training.eval_sequences=6", "training.micro_batch_size=2 x 2", "a multiple of 4"],
+        ),
+        ({"parallel": {"zero_stage": 0}}, 6, ["parallel.zero_stage=0", "use 1"]),
+        ({"parallel": {"zero_stage": 3}}, 6, ["parallel.zero_stage=3", "use 1 or 2"]),
+    ],
+)
+def test_what_does_not_fit_the_grid_is_refused(
+    sections: dict[str, dict[str, Any]], world_size: int, parts: list[str]
+) -> None:
+    config = runnable(**sections)
+    with pytest.raises(ConfigError) as refused:
+        resolve_grid(config, world_size)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "tokenizer_size", "expected"),
+    [(None, 1000, 1024), (None, 1024, 1024), (None, 1025, 1152), (2000, 1000, 2048), (128, None, 128)],
+)
+def test_the_vocabulary_is_padded_to_its_multiple(
+    given: int | None, tokenizer_size: int | None, expected: int
+) -> None:
+    config = build_config({"model": {"vocab_size": given}}, source="test")
+    assert resolve_vocabulary(config, tokenizer_size).vocab_size == expected
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused_even_if_padding_would_do() -> None:
+    config = build_config({"model": {"vocab_size": 1000}, "data": {"tokenizer": "t.model"}}, source="test")
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=1000 .*1001 ids \(t\.model\): raise it"):
+        resolve_vocabulary(config, 1001)
+
+
+def test_no_vocabulary_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is not set.*data\.tokenizer"):
+        resolve_vocabulary(RunConfig(), None)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):
+        _ = RunConfig().vocab_size

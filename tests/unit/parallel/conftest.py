@@ -1,0 +1,19 @@
+"""The grid of one process."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from skipmega.launch.environment import ProcessInfo
+from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[ParallelGrid]:
+    """Ended after the module, the launcher's variables that it sets taken back."""
+    before = dict(os.environ)
+    yield create_grid(ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none"))
+    end_communication()
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,0 +1,141 @@
+"""The packing plan against a plain loop, and the promises that routing rests on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skipmega.routing.plan import PackingPlan, group_capacity, make_plan
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, int, int]:
+    """Decisions [s, b], a group size that divides s, and a capacity, sometimes larger than the group."""
+    group_size, groups = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    batch = draw(st.integers(1, 3))
+    share = draw(st.sampled_from([0, 1, 5, 9, 10]))
+    count = group_size * groups * batch
+    bits = draw(st.lists(st.integers(0, 9).map(lambda x: x < share), min_size=count, max_size=count))
+    return torch.tensor(bits).view(-1, batch), group_size, draw(st.integers(1, group_size + 1))
+
+
+def expected_slots(execute: Tensor, group_size: int, capacity: int) -> list[list[int | None]]:
+    """Slot of each token within its sequence, [s][b], by walking the sequence; None is skipped."""
+    length, batch = execute.shape
+    slots: list[list[int | None]] = [[None] * batch for _ in range(length)]
+    for sequence in range(batch):
+        for group in range(length // group_size):
+            taken = 0
+            for position in range(group * group_size, (group + 1) * group_size):
+                if execute[position, sequence] and taken < capacity:
+                    slots[position][sequence] = group * capacity + taken
+                    taken += 1
+    return slots
+
+
+def check_against_the_walk(plan: PackingPlan, execute: Tensor, group_size: int, capacity: int) -> None:
+    length, batch = execute.shape
+    walked = expected_slots(execute, group_size, capacity)
+    flat = [-1 if slot is None else slot * batch + b for row in walked for b, slot in enumerate(row)]
+    assert plan.slots.tolist() == flat
+    owner = {slot: row for row, slot in enumerate(flat) if slot >= 0}
+    for slot in range(length // group_size * capacity * batch):
+        sequence, group = slot % batch, slot // batch // capacity
+        padding = ((group + 1) * group_size - 1) * batch + sequence
+        assert plan.rows[slot] == owner.get(slot, padding)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_the_plan_is_what_walking_each_group_gives(case: tuple[Tensor, int, int]) -> None:
+    check_against_the_walk(make_plan(*case), *case)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_slots_are_unique_ordered_and_within_capacity(case: tuple[Tensor, int, int]) -> None:
+    execute, group_size, capacity = case
+    length, batch = execute.shape
+    plan = make_plan(*case)
+    used = plan.slots[plan.slots >= 0]
+    assert len(used.unique()) == len(used)
+    assert torch.equal(plan.rows[used], (plan.slots >= 0).nonzero().squeeze(1)), "rows and slots are inverse"
+    assert torch.equal(plan.kept, (plan.slots >= 0).view(length, batch))
+    assert not (plan.kept & ~execute).any()
+    assert (plan.kept.view(-1, group_size, batch).sum(1) <= capacity).all()
+    assert plan.positions.shape == (length // group_size * capacity, batch)
+    assert (plan.positions.diff(dim=0) >= 0).all(), "ascending, padding included"
+    assert torch.equal(plan.positions, plan.rows.view(-1, batch) // batch)
+    assert torch.equal(plan.rows.view(-1, batch) % batch, torch.arange(batch).expand_as(plan.positions))
+
+
+@settings(deadline=None)
+@given(cases(), st.data())
+def test_later_decisions_never_touch_earlier_tokens(
+    case: tuple[Tensor, int, int], data: st.DataObject
+) -> None:
+    execute, group_size, capacity = case
+    length, batch = execute.shape
+    start = data.draw(st.integers(0, length), label="first changed position")
+    bits = data.draw(
+        st.lists(st.booleans(), min_size=(length - start) * batch, max_size=(length - start) * batch)
+    )
+    changed = torch.cat([execute[:start], torch.tensor(bits, dtype=torch.bool).view(-1, batch)])
+    before, after = make_plan(*case), make_plan(changed, group_size, capacity)
+    assert torch.equal(before.slots[: start * batch], after.slots[: start * batch])
+    assert torch.equal(before.kept[:start], after.kept[:start])
+
+
+@settings(deadline=None)
+@given(cases())
+def test_dropless_keeps_exactly_the_executed_tokens(case: tuple[Tensor, int, int]) -> None:
+    execute, group_size, _ = case
+    length = execute.shape[0]
+    plan = make_plan(execute, group_size, None)
+    assert torch.equal(plan.kept, execute)
+    assert plan.positions.shape[0] == max(1, int(execute.sum(0).max())), (
+        "no more slots than the fullest needs"
+    )
+    check_against_the_walk(plan, execute, length, plan.positions.shape[0])
+
+
+def test_overflow_is_dropped_from_the_end_of_each_group_only() -> None:
+    execute = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1], dtype=torch.bool).unsqueeze(1)
+    plan = make_plan(execute, group_size=4, capacity=2)
+    assert plan.kept.squeeze(1).tolist() == [True, True, False, False, True, False, True, False]
+    assert plan.positions.squeeze(1).tolist() == [0, 1, 4, 6]
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 4, None])
+def test_nobody_executes(capacity: int | None) -> None:
+    plan = make_plan(torch.zeros(8, 2, dtype=torch.bool), 4, capacity)
+    assert (plan.slots == -1).all()
+    assert not plan.kept.any()
+    ends = [7] if capacity is None else [3] * capacity + [7] * capacity
+    assert plan.positions.t().tolist() == [ends, ends], "padding names the last row of its group"
+
+
+def test_everybody_executes() -> None:
+    execute = torch.ones(8, 2, dtype=torch.bool)
+    for capacity in (4, None):
+        plan = make_plan(execute, 4, capacity)
+        assert torch.equal(plan.slots, torch.arange(16))
+        assert torch.equal(plan.rows, torch.arange(16))
+
+
+@pytest.mark.parametrize(
+    ("factor", "density", "group_size", "expected"),
+    [
+        (1.0, 0.5, 16, 8),
+        (1.25, 0.5, 16, 10),
+        (1.1, 0.5, 16, 9),
+        (4.0, 0.5, 16, 16),
+        (0.01, 0.1, 16, 1),
+        (1.0, 1.0, 1, 1),
+    ],
+)
+def test_capacity_is_rounded_up_and_lies_between_one_and_the_group(
+    factor: float, density: float, group_size: int, expected: int
+) -> None:
+    assert group_capacity(factor, density, group_size) == expected

@@ -1,0 +1,100 @@
+"""Where records go, each read back the way its users read it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skipmega.config import RunConfig, build_config
+from skipmega.training.sinks import ConsoleSink, JsonlSink, TensorBoardSink, open_sinks
+
+TRAIN: dict[str, Any] = {
+    "kind": "train", "step": 20, "steps": 100, "tokens": 4096, "loss": 3.25, "learning_rate": 1.5e-4,
+    "grad_norm": 0.875, "tokens_per_second": 12345.6, "executed_tflops": 1.25, "dense_tflops": 2.5,
+    "eta_seconds": 3723.4, "routed_layers": [1, 2], "density": [0.4, 0.6], "dropped": [0.0, 0.125],
+}  # fmt: skip
+EVAL: dict[str, Any] = {
+    "kind": "eval", "step": 20, "loss": 3.5, "routed_layers": [1, 2], "density": [0.5, 0.75],
+    "dropped": [0.0, 0.0],
+}  # fmt: skip
+START = {"kind": "start", "step": 0, "attempt": 1}
+
+
+def test_jsonl_gives_back_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for written, record in enumerate([START, TRAIN, EVAL], start=1):
+        sink.write(record)
+        assert len(path.read_text().splitlines()) == written, "on disk at once, not only when closed"
+    sink.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [START, TRAIN, EVAL]
+
+
+def test_a_resumed_run_appends(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for attempt in (1, 2):
+        sink = JsonlSink(path)
+        sink.write({"kind": "start", "step": 0, "attempt": attempt})
+        sink.close()
+    assert [json.loads(line)["attempt"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (START, "step 0: start of attempt 1"),
+        (EVAL, "step 20: held-out loss 3.5000  density 0.625 (0.50-0.75)"),
+        (
+            TRAIN,
+            "step 20/100  loss 3.2500  norm 0.875  lr 1.50e-04  density 0.500 (0.40-0.60)  12,346 tok/s  "
+            "1.25 of 2.5 TFLOP/s  ETA 1:02:03",
+        ),
+        (
+            TRAIN | {"mfu": 0.4567, "eta_seconds": 59.6, "density": [], "routed_layers": []},
+            "step 20/100  loss 3.2500  norm 0.875  lr 1.50e-04  density 1.000 (1.00-1.00)  12,346 tok/s  "
+            "1.25 of 2.5 TFLOP/s  MFU 45.7%  ETA 1:00",
+        ),
+    ],
+)
+def test_the_terminal_gets_one_readable_line(
+    capsys: pytest.CaptureFixture[str], record: dict[str, Any], line: str
+) -> None:
+    ConsoleSink().write(record)
+    assert capsys.readouterr().out == line + "\n"
+
+
+def test_tensorboard_has_each_scalar_and_each_layer(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    sink = TensorBoardSink(tmp_path)
+    for step in (20, 40):
+        sink.write(TRAIN | {"step": step, "loss": 3.25 - step / 100})
+    sink.write(EVAL)
+    sink.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("train/loss")] == [
+        (20, 3.05),
+        (40, 2.85),
+    ]
+    assert [event.value for event in events.Scalars("eval/density/2")] == [0.75]
+    assert events.Scalars("train/dropped/2")[0].value == 0.125
+    tags = set(events.Tags()["scalars"])
+    assert {"train/density/1", "train/density/2", "train/learning_rate", "eval/loss"} <= tags
+    assert not any(re.search("step$|kind|routed_layers", tag) for tag in tags)
+
+
+def sinks_of(tmp_path: Path, **logging: Any) -> list[str]:
+    config: RunConfig = build_config({"run_dir": str(tmp_path / "run"), "logging": logging}, source="test")
+    sinks = open_sinks(config)
+    for sink in sinks:
+        sink.close()
+    return [type(sink).__name__ for sink in sinks]
+
+
+def test_the_configuration_chooses_the_sinks(tmp_path: Path) -> None:
+    assert sinks_of(tmp_path) == ["JsonlSink", "ConsoleSink"]
+    pytest.importorskip("tensorboard")
+    assert sinks_of(tmp_path, tensorboard=True) == ["JsonlSink", "ConsoleSink", "TensorBoardSink"]
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
