@@ -12,12 +12,25 @@ from torch.nn.attention.flex_attention import BlockMask
 from skipmega.kernels.attention import (
     BLOCK,
     AttentionBackend,
+    document_starts,
     packed_attention,
     packed_block_mask,
     visibility,
 )
 
 BATCH, HEAD = 2, 16
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor | None,
+    documents: Tensor | None,
+    backend: AttentionBackend,
+) -> Tensor:
+    since = None if documents is None else document_starts(documents)
+    return packed_attention(query, key, value, positions, since, backend)
 
 
 def loop_attention(
@@ -73,7 +86,7 @@ def test_both_backends_are_a_masked_softmax(
     kv_heads: int, queries: int | None, documents: bool, backend: AttentionBackend
 ) -> None:
     inputs = make_inputs(24, 4, kv_heads, queries, documents)
-    found = packed_attention(*inputs, backend)
+    found = attend(*inputs, backend)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), loop_attention(*inputs), rtol=1e-5, atol=1e-5)
 
@@ -86,7 +99,7 @@ def test_both_backends_are_a_masked_softmax(
 def test_flex_is_sdpa_at_any_length(length: int, queries: int | None, documents: bool) -> None:
     count = None if queries is None else min(queries, length + 2)
     inputs = make_inputs(length, 4, 2, count, documents, seed=length)
-    flex, sdpa = packed_attention(*inputs, "flex"), packed_attention(*inputs, "sdpa")
+    flex, sdpa = attend(*inputs, "flex"), attend(*inputs, "sdpa")
     torch.testing.assert_close(flex, sdpa, rtol=1e-4, atol=1e-5)
 
 
@@ -96,12 +109,12 @@ def test_a_query_sees_nothing_after_it_or_of_another_document(backend: Attention
     query, key, value, _, _ = make_inputs(12, 2, 2, None, False)
     documents = torch.tensor([[0] * 5 + [1] * 7] * BATCH)
     positions = torch.full((1, BATCH), 8)
-    clean = packed_attention(query[:1], key, value, positions, documents, backend)
+    clean = attend(query[:1], key, value, positions, documents, backend)
     for unseen in (range(5), range(9, 12)):
         key[list(unseen)], value[list(unseen)] = 1e4, -1e4
-    assert torch.equal(packed_attention(query[:1], key, value, positions, documents, backend), clean)
+    assert torch.equal(attend(query[:1], key, value, positions, documents, backend), clean)
     value[5] += 1
-    assert not torch.equal(packed_attention(query[:1], key, value, positions, documents, backend), clean)
+    assert not torch.equal(attend(query[:1], key, value, positions, documents, backend), clean)
 
 
 def test_sdpa_s_gradients_are_the_loop_s() -> None:
@@ -109,7 +122,7 @@ def test_sdpa_s_gradients_are_the_loop_s() -> None:
     tensors, rest = inputs[:3], inputs[3:]
     cotangent = torch.randn(7, BATCH, 4, HEAD, generator=torch.Generator().manual_seed(1))
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    found = torch.autograd.grad(packed_attention(*leaves, *rest, "sdpa"), leaves, cotangent)
+    found = torch.autograd.grad(attend(*leaves, *rest, "sdpa"), leaves, cotangent)
 
     def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         seen = torch.stack([brute_visibility(rest[0][:, b], rest[1][b], 10) for b in range(BATCH)])
@@ -146,12 +159,19 @@ def packings(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     return positions, documents, length
 
 
+def test_a_document_starts_at_its_first_token() -> None:
+    """Numbers need not follow each other; the first document may be cut at the front and have any."""
+    documents = torch.tensor([[0, 0, 1, 1, 1, 4], [3, 3, 3, 3, 3, 3], [0, 1, 2, 3, 4, 5]])
+    assert document_starts(documents).tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6, [0, 1, 2, 3, 4, 5]]
+
+
 @settings(deadline=None, max_examples=40)
 @given(packings())
 def test_visibility_is_every_pair(packing: tuple[Tensor, Tensor, int]) -> None:
     positions, documents, length = packing
     for seen_documents in (None, documents):
-        found = visibility(positions.t(), seen_documents, length, BATCH, torch.device("cpu"))
+        since = None if seen_documents is None else document_starts(documents)
+        found = visibility(positions.t(), since, length, BATCH, torch.device("cpu"))
         for b in range(BATCH):
             expected = brute_visibility(
                 positions[b], None if seen_documents is None else documents[b], length
@@ -161,7 +181,8 @@ def test_visibility_is_every_pair(packing: tuple[Tensor, Tensor, int]) -> None:
 
 def block_mask(positions: Tensor, documents: Tensor | None, length: int) -> BlockMask:
     """Of positions [b, q]."""
-    return packed_block_mask(positions.t(), documents, length, len(positions), torch.device("cpu"))
+    since = None if documents is None else document_starts(documents)
+    return packed_block_mask(positions.t(), since, length, len(positions), torch.device("cpu"))
 
 
 def listed(count: Tensor, index: Tensor, sequence: int, block: int) -> set[int]:
@@ -207,7 +228,8 @@ def test_no_positions_means_all_tokens(with_documents: bool) -> None:
     every = torch.arange(300).expand(BATCH, -1)
     documents = every // 140 if with_documents else None
     given = block_mask(every, documents, 300)
-    implied = packed_block_mask(None, documents, 300, BATCH, torch.device("cpu"))
+    since = None if documents is None else document_starts(documents)
+    implied = packed_block_mask(None, since, 300, BATCH, torch.device("cpu"))
     assert torch.equal(implied.to_dense(), given.to_dense())
     for field in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(implied, field), getattr(given, field))

@@ -8,11 +8,11 @@ from layer_reference import Shape, run_layer
 from torch import Tensor
 
 from skipmega.config import RunConfig, build_config
+from skipmega.kernels.attention import document_starts
 from skipmega.models.decoder import DecoderStage
 from skipmega.models.layer import DecoderLayer, LayerContext, RoutingRecord
 from skipmega.parallel.grid import ParallelGrid
-from skipmega.routing.noise import logistic
-from skipmega.routing.router import NoiseKey
+from skipmega.routing.noise import NoiseKey, logistic
 
 LENGTH, BATCH, HIDDEN, GROUP, SEED = 12, 2, 16, 6, 77
 SAMPLES = torch.tensor([3, 8])
@@ -74,17 +74,25 @@ def cotangent() -> Tensor:
     return torch.randn(LENGTH, BATCH, HIDDEN, generator=torch.Generator().manual_seed(SEED + 1))
 
 
-def run_packed(layer: DecoderLayer, hidden: Tensor, context: LayerContext) -> tuple[Outcome, RoutingRecord]:
+def run_packed(
+    layer: DecoderLayer, hidden: Tensor, noise: Tensor | None, context: LayerContext
+) -> tuple[Outcome, RoutingRecord]:
     hidden = hidden.clone().requires_grad_()
-    out, record = layer(hidden, context)
+    out, record = layer(hidden, noise, context)
+    density = record.chosen.mean()
     leaves = {"hidden": hidden, **dict(layer.named_parameters())}
-    loss = (out * cotangent()).sum() + DENSITY_WEIGHT * record.density
+    loss = (out * cotangent()).sum() + DENSITY_WEIGHT * density
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    return Outcome(out.detach(), record.density.detach(), gradients), record
+    return Outcome(out.detach(), density.detach(), gradients), record
 
 
 def run_reference(
-    layer: DecoderLayer, config: RunConfig, hidden: Tensor, context: LayerContext, capacity: int | None
+    layer: DecoderLayer,
+    config: RunConfig,
+    hidden: Tensor,
+    noise: Tensor | None,
+    documents: Tensor | None,
+    capacity: int | None,
 ) -> tuple[Outcome, Tensor]:
     model = config.model
     shape = Shape(
@@ -94,8 +102,7 @@ def run_reference(
     leaves = {"hidden": hidden, **dict(layer.named_parameters())}
     leaves = {name: tensor.detach().double().requires_grad_() for name, tensor in leaves.items()}
     weights = {name: tensor for name, tensor in leaves.items() if name != "hidden"}
-    noise = None if context.noise is None else logistic(SEED, SAMPLES, LAYER, LENGTH)
-    result = run_layer(leaves["hidden"], weights, shape, context.documents, noise, GROUP, capacity)
+    result = run_layer(leaves["hidden"], weights, shape, documents, noise, GROUP, capacity)
     loss = (result.out * cotangent().double()).sum() + DENSITY_WEIGHT * result.density
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     gradients = {
@@ -113,9 +120,10 @@ def check_layer(
     layer, hidden = make_layer(config, grid), random_hidden()
     if margin is not None:
         hidden = force_density(layer, hidden, margin)
-    context = LayerContext(documents, NoiseKey(SEED, SAMPLES) if sample else None, factor)
-    found, record = run_packed(layer, hidden, context)
-    expected, executed = run_reference(layer, config, hidden, context, capacity)
+    noise = logistic(NoiseKey(SEED, SAMPLES), torch.tensor([LAYER]), LENGTH)[0] if sample else None
+    context = LayerContext(None if documents is None else document_starts(documents), factor)
+    found, record = run_packed(layer, hidden, noise, context)
+    expected, executed = run_reference(layer, config, hidden, noise, documents, capacity)
     assert torch.equal(record.executed, executed)
     torch.testing.assert_close(found.density.double(), expected.density, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.out.double(), expected.out, rtol=1e-5, atol=1e-5)
@@ -174,7 +182,7 @@ def test_the_router_learns_from_executed_tokens_through_the_straight_through_fac
     layer, hidden = make_layer(make_config(), grid), random_hidden()
     assert layer.router is not None
     for margin, moves in ((-30.0, False), (2.0, True)):
-        out, _ = layer(force_density(layer, hidden, margin), LayerContext(None, None, None))
+        out, _ = layer(force_density(layer, hidden, margin), None, LayerContext(None, None))
         (gradient,) = torch.autograd.grad((out * cotangent()).sum(), layer.router.weight)
         assert bool(gradient.any()) == moves
 
@@ -182,13 +190,13 @@ def test_the_router_learns_from_executed_tokens_through_the_straight_through_fac
 def test_a_skipped_token_stays_visible_as_context(grid: ParallelGrid) -> None:
     """Changing a skipped token changes what later executed tokens of its document read."""
     layer, hidden = make_layer(make_config(), grid), random_hidden()
-    context = LayerContext(None, None, None)
-    before, record = layer(hidden, context)
+    context = LayerContext(None, None)
+    before, record = layer(hidden, None, context)
     skipped = int((~record.executed[:, 0]).nonzero()[0])
     later = [i for i in range(skipped + 1, LENGTH) if record.executed[i, 0]]
     changed = hidden.clone()
     changed[skipped, 0] *= -0.5
-    after, again = layer(changed, context)
+    after, again = layer(changed, None, context)
     same = [i for i in later if again.executed[i, 0]]
     assert same
     assert all(not torch.equal(before[i, 0], after[i, 0]) for i in same)
@@ -200,8 +208,9 @@ def test_a_dense_layer_is_the_routed_one_that_everybody_runs(grid: ParallelGrid)
     config = make_config()
     layer, hidden = make_layer(config, grid), random_hidden()
     hidden = force_density(layer, hidden, 30.0)
-    routed, _ = layer(hidden, LayerContext(DOCUMENTS, None, None))
+    context = LayerContext(document_starts(DOCUMENTS), None)
+    routed, _ = layer(hidden, None, context)
     layer.router = None
-    dense, record = layer(hidden, LayerContext(DOCUMENTS, None, None))
+    dense, record = layer(hidden, None, context)
     assert record is None
     torch.testing.assert_close(dense, routed)

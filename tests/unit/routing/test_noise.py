@@ -1,15 +1,28 @@
 """The routing noise: a pure function of (seed, sample, layer, position), and truly logistic."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from skipmega.routing.noise import logistic, uniform
+from skipmega.routing import noise
 
 LENGTH = 512
 SAMPLES = torch.tensor([0, 1, 7, 2**31, 2**32 + 7, 2**40])
+
+
+Draw = Callable[[noise.NoiseKey, Tensor, int], Tensor]
+
+
+def uniform(seed: int, samples: Tensor, layer: int, length: int) -> Tensor:
+    """Of one layer, [length, b]."""
+    return noise.uniform(noise.NoiseKey(seed, samples), torch.tensor([layer]), length)[0]
+
+
+def logistic(seed: int, samples: Tensor, layer: int, length: int) -> Tensor:
+    return noise.logistic(noise.NoiseKey(seed, samples), torch.tensor([layer]), length)[0]
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -34,9 +47,23 @@ def test_a_sample_s_noise_does_not_depend_on_its_batch() -> None:
     assert torch.equal(uniform(1234, SAMPLES, 3, 100), whole[:100])
 
 
+@pytest.mark.parametrize("draw", [noise.uniform, noise.logistic])
+def test_a_layer_s_noise_does_not_depend_on_its_stage(draw: Draw) -> None:
+    """Layers are drawn together; which ones are together depends on the pipeline."""
+    key = noise.NoiseKey(1234, SAMPLES)
+    whole = draw(key, torch.arange(6), LENGTH)
+    assert whole.shape == (6, LENGTH, len(SAMPLES))
+    assert torch.equal(draw(key, torch.tensor([5, 2]), LENGTH), whole[[5, 2]])
+
+
+def test_the_logistic_is_that_of_the_uniform() -> None:
+    drawn = uniform(1234, SAMPLES, 3, LENGTH).double()
+    expected = (drawn / (1 - drawn)).log()
+    torch.testing.assert_close(logistic(1234, SAMPLES, 3, LENGTH).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("draw", [uniform, logistic])
-def test_it_differs_in_everything_it_is_a_function_of(draw: object) -> None:
-    assert callable(draw)
+def test_it_differs_in_everything_it_is_a_function_of(draw: Callable[..., Tensor]) -> None:
     base = draw(1, SAMPLES, 0, LENGTH)
     bound = 5 / math.sqrt(base.numel())
     for other in (draw(2, SAMPLES, 0, LENGTH), draw(1, SAMPLES, 1, LENGTH), draw(1, SAMPLES + 1, 0, LENGTH)):

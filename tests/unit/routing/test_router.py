@@ -6,18 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipmega.routing.density import squared_penalty
-from skipmega.routing.noise import logistic
-from skipmega.routing.router import Decision, GumbelRouter, NoiseKey
+from skipmega.routing.router import Decision, GumbelRouter
 
-LENGTH, BATCH, HIDDEN, LAYER = 12, 3, 8, 2
+LENGTH, BATCH, HIDDEN = 12, 3, 8
 
 
 @pytest.fixture
 def router() -> GumbelRouter:
-    router = GumbelRouter(HIDDEN, LAYER, temperature=0.7)
+    router = GumbelRouter(HIDDEN, temperature=0.7)
     with torch.no_grad():
         router.weight.normal_(generator=torch.Generator().manual_seed(0))
     return router
+
+
+def gumbel_pair(*shape: int) -> torch.Tensor:
+    """Two independent Gumbel variables, of skipping and of executing, in the last dimension."""
+    uniform = torch.rand(*shape, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return -torch.log(-torch.log(uniform))
 
 
 @pytest.fixture
@@ -34,16 +39,16 @@ def test_without_noise_the_larger_logit_decides(router: GumbelRouter, normed: to
 
 
 def test_equal_logits_skip_as_argmax_would() -> None:
-    router = GumbelRouter(HIDDEN, LAYER, temperature=1.0)
+    router = GumbelRouter(HIDDEN, temperature=1.0)
     torch.nn.init.zeros_(router.weight)
     assert not router(torch.ones(2, 1, HIDDEN), None).execute.any()
 
 
 def test_sampling_is_a_softmax_of_noisy_logits(router: GumbelRouter, normed: torch.Tensor) -> None:
-    samples = torch.tensor([5, 6, 7])
-    decision = router(normed, NoiseKey(11, samples))
-    logits = (normed.double() @ router.weight.double().T).clone()
-    logits[..., 1] += logistic(11, samples, LAYER, LENGTH)
+    """What two Gumbel variables do to two logits, their difference does to the margin."""
+    gumbel = gumbel_pair(LENGTH, BATCH)
+    decision = router(normed, (gumbel[..., 1] - gumbel[..., 0]).float())
+    logits = normed.double() @ router.weight.double().T + gumbel
     torch.testing.assert_close(decision.probability, (logits / 0.7).softmax(-1)[..., 1].float())
     assert torch.equal(decision.execute, logits.argmax(-1) == 1)
     assert not torch.equal(decision.execute, router(normed, None).execute), "the noise changes something here"
@@ -53,7 +58,8 @@ def test_a_token_executes_as_often_as_its_softmax_says(router: GumbelRouter, nor
     """The Gumbel-max property, whatever the temperature: 4096 draws of one token, five standard errors."""
     token = 0.2 * normed[:1, :1].expand(4096, 1, HIDDEN)
     wanted = (token[0, 0] @ router.weight.T).softmax(-1)[1]
-    seen = router(token, NoiseKey(3, torch.tensor([0]))).execute.float().mean()
+    gumbel = gumbel_pair(4096, 1)
+    seen = router(token, (gumbel[..., 1] - gumbel[..., 0]).float()).execute.float().mean()
     assert abs(seen - wanted) < 5 * (wanted * (1 - wanted) / 4096).sqrt()
     assert 0.05 < wanted < 0.95
 
@@ -67,7 +73,7 @@ def test_the_router_works_in_fp32_whatever_it_is_given(router: GumbelRouter, nor
 def test_straight_through_is_hard_forward_and_soft_backward(
     router: GumbelRouter, normed: torch.Tensor
 ) -> None:
-    decision = router(normed, NoiseKey(11, torch.arange(BATCH)))
+    decision = router(normed, gumbel_pair(LENGTH, BATCH).float().diff(dim=-1).squeeze(-1))
     hard = decision.straight_through()
     torch.testing.assert_close(hard, decision.execute.float(), rtol=0, atol=1e-6)
     cotangent = torch.randn(hard.shape, generator=torch.Generator().manual_seed(2))
