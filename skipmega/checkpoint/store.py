@@ -135,13 +135,17 @@ class CheckpointStore:
         _on_first_process(grid, final, lambda: _start_afresh(building))
         mesh = _tensor_mesh(grid)
         mine = tensors if grid.data.rank == 0 else {}
+        needed = sum(tensor.local.numel() * tensor.local.element_size() for tensor in mine.values())
         try:
             dcp.save(
                 {name: _distributed(tensor, mesh, grid) for name, tensor in mine.items()},
                 checkpoint_id=building / _TENSORS,
             )
         except CheckpointException as error:
-            raise CheckpointError(self._failure(final, _cause(error))) from error
+            free = shutil.disk_usage(self.folder).free
+            cause = f"{_cause(error)} (this process writes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free)"
+            _on_first_process(grid, final, lambda: shutil.rmtree(building, ignore_errors=True))
+            raise CheckpointError(self._failure(final, cause)) from error
         _on_first_process(grid, final, lambda: self._complete(building, final, config, state))
         return final
 
@@ -209,11 +213,14 @@ def _distributed(tensor: LogicalTensor, mesh: DeviceMesh, grid: ParallelGrid) ->
 
 def _incompleteness(path: Path) -> str | None:
     """What is wrong with the checkpoint at ``path``; None when it is complete."""
+    files: dict[str, int] | None
     try:
-        files: dict[str, int] = json.loads((path / _MANIFEST).read_text())["files"]
+        files = json.loads((path / _MANIFEST).read_text())["files"]
     except OSError:
         return f"{_MANIFEST} is missing (it was never finished)"
     except (ValueError, KeyError, TypeError):
+        files = None
+    if not isinstance(files, dict):
         return f"{_MANIFEST} is not readable"
     for name, size in files.items():
         file = path / name

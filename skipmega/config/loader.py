@@ -21,11 +21,16 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with 1e-3 read as a number, as everybody means it."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that :class:`_Loader` would read as something else."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
@@ -41,7 +46,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     merged = _read_with_defaults(Path(path), ()) if path is not None else {}
     for override in overrides or []:
         _merge(merged, parse_override(override))
-    return build_config(merged, source=str(path) if path is not None else "the overrides")
+    return build_config(merged, source=str(path) if path is not None else "the list of overrides")
 
 
 def build_config(values: dict[str, Any], source: str) -> RunConfig:
@@ -61,7 +66,7 @@ def build_config(values: dict[str, Any], source: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML that :func:`load_config` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def parse_override(override: str) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def _read_with_defaults(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         named = f" (named by {chain[-1]})" if chain else ""
         raise ConfigError(f"cannot read config file {path}{named}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if values is None:
         values = {}

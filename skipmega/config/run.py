@@ -156,6 +156,12 @@ def check_consistency(config: RunConfig) -> None:
             f"routing.group_size={group} does not divide data.sequence_length={length}: groups lie within "
             "one sequence, choose a divisor or leave it out for the whole sequence"
         )
+    if routing.eval_capacity_factor is not None and group is None:
+        raise ConfigError(
+            f"routing.eval_capacity_factor={routing.eval_capacity_factor} needs routing.group_size: with whole "
+            "sequences as groups the capacity would change with the length of a text; set group_size, or "
+            "leave eval_capacity_factor out (dropless)"
+        )
     if training.stop_after is not None and training.stop_after > training.steps:
         raise ConfigError(
             f"training.stop_after={training.stop_after} lies beyond training.steps={training.steps}: "

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Section(BaseModel):
     """Base of all config sections: immutable, strict, closed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -83,7 +83,7 @@ class RoutingConfig(Section):
     that execute a routed layer; the first ``dense_first`` and last ``dense_last`` layers have no router.
     ``group_size`` (tokens of one sequence that share a capacity; left out: the whole sequence) and
     ``capacity_factor`` give every group ``ceil(capacity_factor * density * group_size)`` slots;
-    a ``null`` factor is dropless. ``density_loss_weight`` is the factor of the squared density penalty,
+    a ``null`` factor is dropless (``eval_capacity_factor`` is evaluation's). ``density_loss_weight`` is the factor of the squared density penalty,
     summed over layers.
     """
 
@@ -177,7 +177,7 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """``interval`` in steps (0: only at the end); ``keep`` newest checkpoints (0: all). ``resume: auto``
     continues from the newest complete checkpoint of the run, if there is one; ``never`` demands an empty
-    run folder; a path names one checkpoint."""
+    run folder; a path names a checkpoint to start from, until the run has one of its own."""
 
     interval: int = Field(500, ge=0)
     keep: int = Field(2, ge=0)

@@ -94,7 +94,7 @@ class NativeModel:
         return self.grid.broadcast_from_last_stage(result)[:, :length]
 
     def _step(self, batches: Iterator[Tensor], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
-        context = LayerContext(None, None, self.config.routing.eval_capacity_factor)
+        context = LayerContext(None, self.config.routing.eval_capacity_factor)
         hidden = stage(next(batches), context).hidden
         return (stage.logits(hidden) if self.grid.is_last_stage else hidden), _output
 

@@ -22,10 +22,10 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     positions: Tensor | None,
-    documents: Tensor | None,
+    since: Tensor | None,
     backend: AttentionBackend,
 ) -> Tensor:
-    """Softmax attention; the query at position p attends keys 0..p of its own document.
+    """Softmax attention; the query at position p attends keys ``since[p]`` to p.
 
     Args:
         query: [q, b, heads, d]; already rotated.
@@ -33,7 +33,8 @@ def packed_attention(
         value: [s, b, kv_heads, d].
         positions: [q, b] int64, each query's position in its sequence, ascending along q; None when the
             queries are all tokens (q = s).
-        documents: [b, s] int64, ascending document numbers within each sequence, or None for one document.
+        since: [b, s] int64, the first position each token may see, ascending within each sequence (the start
+            of its document, see :func:`document_starts`); None for 0.
         backend: which implementation.
 
     Returns:
@@ -41,38 +42,53 @@ def packed_attention(
     """
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     if backend == "flex":
-        out = _flex(q, k, v, positions, documents)
-    elif positions is None and documents is None:
+        out = _flex(q, k, v, positions, since)
+    elif positions is None and since is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     else:
-        mask = visibility(positions, documents, k.shape[2], k.shape[0], k.device)
+        mask = visibility(positions, since, k.shape[2], k.shape[0], k.device)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.permute(2, 0, 1, 3)
 
 
+def document_starts(documents: Tensor) -> Tensor:
+    """Position of the first token of each token's document.
+
+    Args:
+        documents: [b, s] int64, document numbers, ascending within each sequence.
+
+    Returns:
+        [b, s] int64.
+    """
+    position = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return torch.where(begins, position, 0).cummax(dim=1).values
+
+
 def visibility(
-    positions: Tensor | None, documents: Tensor | None, length: int, batch: int, device: torch.device
+    positions: Tensor | None, since: Tensor | None, length: int, batch: int, device: torch.device
 ) -> Tensor:
     """Which keys each query may see: [b, q, s] bool; arguments as in :func:`packed_attention`."""
     keys = torch.arange(length, device=device)
     at = keys.expand(batch, -1) if positions is None else positions.t()
     visible = keys.view(1, 1, -1) <= at.unsqueeze(2)
-    if documents is not None:
-        visible = visible & (documents.gather(1, at).unsqueeze(2) == documents.unsqueeze(1))
+    if since is not None:
+        visible = visible & (keys.view(1, 1, -1) >= since.gather(1, at).unsqueeze(2))
     return visible
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
-    block_mask = packed_block_mask(positions, documents, k.shape[2], k.shape[0], k.device)
+def _flex(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, since: Tensor | None) -> Tensor:
+    block_mask = packed_block_mask(positions, since, k.shape[2], k.shape[0], k.device)
     out = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)
     return out
 
 
 def packed_block_mask(
-    positions: Tensor | None, documents: Tensor | None, length: int, batch: int, device: torch.device
+    positions: Tensor | None, since: Tensor | None, length: int, batch: int, device: torch.device
 ) -> BlockMask:
     """The block mask of ascending queries, from positions alone (no [q, s] mask is made).
 
@@ -83,15 +99,15 @@ def packed_block_mask(
         at = torch.arange(length, device=device).expand(batch, -1)
     else:
         at = positions.t()
-    since = torch.zeros_like(at) if documents is None else _document_start(documents).gather(1, at)
+    start = torch.zeros_like(at) if since is None else since.gather(1, at)
     queries = at.shape[1]
     first, last = _block_range(at, queries)
-    oldest, newest = _block_range(since, queries)
+    oldest, newest = _block_range(start, queries)
     key_start = torch.arange(0, length, BLOCK, device=device)
     key_end = (key_start + BLOCK - 1).clamp(max=length - 1)
     some = (key_start <= last.unsqueeze(2)) & (key_end >= oldest.unsqueeze(2))
     every = some & (key_end <= first.unsqueeze(2)) & (key_start >= newest.unsqueeze(2))
-    upper, lower = _materialize(at.int()), _materialize(since.int())
+    upper, lower = _materialize(at.int()), _materialize(start.int())
 
     def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return (k_index <= upper[b, q_index]) & (k_index >= lower[b, q_index])
@@ -118,14 +134,6 @@ def _materialize(tensor: Tensor) -> Tensor:
 @_materialize.register_fake
 def _(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _document_start(documents: Tensor) -> Tensor:
-    """Position of the first token of each token's document: [b, s] int64."""
-    position = torch.arange(documents.shape[1], device=documents.device)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return torch.where(begins, position, 0).cummax(dim=1).values
 
 
 def _block_range(ascending: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,12 @@ def discover_process() -> ProcessInfo:
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         value = os.environ[name]
-        if not value.isdigit():
+        if not (value.isascii() and value.isdigit()):
             raise ConfigError(f"{name}={value!r} is not a whole number: start with torchrun, or unset it")
         numbers[name] = int(value)
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise ConfigError(
+            f"RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}: start with torchrun, or "
+            "unset both"
+        )
     return ProcessInfo(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], launcher="torchrun")

@@ -6,6 +6,7 @@ from typing import Any
 
 from skipmega.checkpoint.store import Checkpoint, CheckpointStore
 from skipmega.config import RunConfig, dump_config, load_config
+from skipmega.data.files import atomic_write
 from skipmega.errors import CheckpointError
 
 _ARCHITECTURE = ("routing.router", "routing.dense_first", "routing.dense_last", "optimizer.name")
@@ -48,7 +49,9 @@ class RunFolder:
             raise CheckpointError(
                 f"run_dir={self.path} is not empty and holds no run (found {found}): choose another run_dir"
             )
-        checkpoint = self.store.latest() if resume in ("auto", "never") else Checkpoint.open(resume)
+        checkpoint = self.store.latest()
+        if checkpoint is None and resume not in ("auto", "never"):
+            checkpoint = Checkpoint.open(resume)
         if checkpoint is not None:
             refuse_changes(checkpoint.config, self.config, _ARCHITECTURE, f"checkpoint {checkpoint.path}")
         return checkpoint
@@ -56,10 +59,14 @@ class RunFolder:
     def start_attempt(self) -> int:
         """Save the configuration; returns the number of this attempt at the run, from 1."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(dump_config(self.config))
         counter = self.path / "attempts.json"
         attempt = int(json.loads(counter.read_text())["attempts"]) + 1 if counter.is_file() else 1
-        counter.write_text(json.dumps({"attempts": attempt}))
+        for name, text in (
+            ("attempts.json", json.dumps({"attempts": attempt})),
+            ("config.yaml", dump_config(self.config)),
+        ):
+            with atomic_write(self.path / name) as stream:
+                stream.write(text.encode())
         return attempt
 
 

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         all_tokens: Tensor,
         queries: Tensor,
         positions: Tensor | None,
-        documents: Tensor | None,
+        since: Tensor | None,
         backend: AttentionBackend,
     ) -> Tensor:
         """Attend.
@@ -39,7 +39,7 @@ class Attention(nn.Module):
             all_tokens: [s, b, hidden], normalised; makes keys and values.
             queries: [q, b, hidden], normalised; the tokens that execute (or ``all_tokens`` itself).
             positions: [q, b] int64 positions of the queries, ascending; None when q = s.
-            documents: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`.
+            since: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`.
             backend: the implementation to use.
 
         Returns:
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         value = self._heads(self.value(shared))
         asked = shared if positions is None else enter_tensor_parallel(queries, self.axis)
         query = rotate(self._heads(self.query(asked)), order if positions is None else positions, self.theta)
-        attended = packed_attention(query, key, value, positions, documents, backend)
+        attended = packed_attention(query, key, value, positions, since, backend)
         return self.output(attended.flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:

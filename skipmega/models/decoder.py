@@ -25,6 +25,7 @@ from skipmega.parallel.layers import (
     megatron_config,
     token_losses,
 )
+from skipmega.routing.noise import NoiseKey, logistic
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class StageOutput:
 
     hidden: Tensor
     records: dict[int, RoutingRecord]
+
+    def densities(self) -> Tensor:
+        """[routed layers] float32: share of tokens each router chose, with the routers' gradients."""
+        return torch.stack([record.chosen for record in self.records.values()]).mean(dim=(1, 2))
 
 
 class StageLayers(NamedTuple):
@@ -74,7 +79,7 @@ class DecoderStage(nn.Module):
         layers = stage_layers(model.num_layers, grid.pipeline.size, grid.pipeline.rank)
         self.layers = nn.ModuleDict(
             {
-                str(number): DecoderLayer(config, number, self.config, grid.tensor)
+                str(number): DecoderLayer(config, config.layer_is_routed(number), self.config, grid.tensor)
                 for number in range(layers.first, layers.end)
             }
         )
@@ -107,25 +112,35 @@ class DecoderStage(nn.Module):
         """Receive the previous stage's hidden states; called by the schedule before each forward."""
         self._received = input_tensor[0]
 
-    def forward(self, tokens: Tensor, context: LayerContext) -> StageOutput:
+    def forward(self, tokens: Tensor, context: LayerContext, noise: NoiseKey | None = None) -> StageOutput:
         """Run the stage.
 
         Args:
             tokens: [b, s] int64; read by the first stage only.
             context: what all layers share.
+            noise: makes the routers sample (training); None decides greedily.
         """
         if self.grid.is_first_stage:
             hidden = self.embedding(tokens).transpose(0, 1).contiguous().to(self.dtype)
         else:
             assert self._received is not None
             hidden = self._received
+        drawn = self._draw(noise, tokens.shape[1])
         records = {}
         for name, layer in self.layers.items():
             run = self._compiled.get(name, layer) if self.training else layer
-            hidden, record = run(hidden, context)
+            hidden, record = run(hidden, drawn.get(name), context)
             if record is not None:
                 records[int(name)] = record
         return StageOutput(hidden=hidden, records=records)
+
+    def _draw(self, key: NoiseKey | None, length: int) -> dict[str, Tensor]:
+        """The [s, b] noise of each routed layer, all in one go."""
+        routed = [name for name, layer in self.layers.items() if layer.router is not None]
+        if key is None or not routed:
+            return {}
+        numbers = torch.tensor([int(name) for name in routed], device=key.samples.device)
+        return dict(zip(routed, logistic(key, numbers, length).unbind(), strict=True))
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token on the last stage: [s, b, hidden], [b, s] to [s, b] float32, nats."""

@@ -19,19 +19,18 @@ from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
 from skipmega.parallel.grid import Axis
 from skipmega.routing.plan import group_capacity, make_plan
-from skipmega.routing.router import Decision, GumbelRouter, NoiseKey
+from skipmega.routing.router import Decision, GumbelRouter
 
 
 @dataclass(frozen=True)
 class LayerContext:
     """What all layers share in one micro-batch.
 
-    ``documents`` [b, s] int64 or None; ``noise`` makes the routers sample (training), None decides
-    greedily; ``capacity_factor`` None is dropless; ``attention`` is the implementation to use.
+    ``since`` [b, s] int64, first position each token may see, or None for 0; ``capacity_factor`` None is
+    dropless; ``attention`` is the implementation to use.
     """
 
-    documents: Tensor | None
-    noise: NoiseKey | None
+    since: Tensor | None
     capacity_factor: float | None
     attention: AttentionBackend = "sdpa"
 
@@ -39,7 +38,7 @@ class LayerContext:
 class RoutingRecord(NamedTuple):
     """What a routed layer did with a micro-batch."""
 
-    density: Tensor  # [] float32, share of tokens the router chose, with the router's gradient
+    chosen: Tensor  # [s, b] float32, 1 where the router chose to execute, with the router's gradient
     executed: Tensor  # [s, b] bool, tokens that ran (chosen and not over capacity)
 
 
@@ -47,30 +46,38 @@ LayerResult = tuple[Tensor, RoutingRecord | None]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward network, with a router in front if ``router`` is given."""
+    """Pre-norm attention and feed-forward network, with a router in front if ``routed``.
 
-    def __init__(self, config: RunConfig, layer: int, megatron: TransformerConfig, axis: Axis) -> None:
+    A layer doesn't know its number: all of one kind are one compiled program.
+    """
+
+    def __init__(self, config: RunConfig, routed: bool, megatron: TransformerConfig, axis: Axis) -> None:
         super().__init__()
         model, routing = config.model, config.routing
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.attention = Attention(model, megatron, axis)
         self.mlp_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.mlp = MLP(model, megatron, axis)
-        self.router = (
-            GumbelRouter(model.hidden_size, layer, routing.temperature)
-            if config.layer_is_routed(layer)
-            else None
-        )
+        self.router = GumbelRouter(model.hidden_size, routing.temperature) if routed else None
         self.density = routing.density
         self.group_size = routing.group_size
 
-    def forward(self, hidden: Tensor, context: LayerContext) -> LayerResult:
-        """[s, b, hidden] to the same; also the record of a routed layer."""
+    def forward(self, hidden: Tensor, noise: Tensor | None, context: LayerContext) -> LayerResult:
+        """Run the layer.
+
+        Args:
+            hidden: [s, b, hidden].
+            noise: [s, b] float32 makes the router sample (training); None decides greedily.
+            context: what all layers share.
+
+        Returns:
+            [s, b, hidden], and the record of a routed layer.
+        """
         normed = self.attention_norm(hidden)
         if self.router is None:
-            middle = hidden + self.attention(normed, normed, None, context.documents, context.attention)
+            middle = hidden + self.attention(normed, normed, None, context.since, context.attention)
             return middle + self.mlp(self.mlp_norm(middle)), None
-        decision = self.router(normed, context.noise)
+        decision = self.router(normed, noise)
         return self._run_executed(hidden, normed, decision, context)
 
     def _run_executed(
@@ -86,11 +93,11 @@ class DecoderLayer(nn.Module):
             return gather_rows(full.flatten(0, 1), plan.rows, plan.slots).view(-1, batch, full.shape[-1])
 
         attended = self.attention(
-            normed, pack(normed), plan.positions, context.documents, context.attention
+            normed, pack(normed), plan.positions, context.since, context.attention
         )
         update = attended + self.mlp(self.mlp_norm(pack(hidden) + attended))
         probability = pack(decision.probability.unsqueeze(-1))
         update = update * (1 + probability - probability.detach()).to(update.dtype)
         out = add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots)
-        record = RoutingRecord(density=decision.straight_through().mean(), executed=plan.kept)
+        record = RoutingRecord(chosen=decision.straight_through(), executed=plan.kept)
         return out.view(length, batch, width), record

@@ -4,34 +4,44 @@ The same sample gets the same noise on every grid, under recomputation and after
 different samples (so different data-parallel ranks) different noise; there is no generator to save.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 
 
-def uniform(seed: int, samples: Tensor, layer: int, length: int) -> Tensor:
+class NoiseKey(NamedTuple):
+    """What the noise of a micro-batch is a function of, beside layer and position."""
+
+    seed: int
+    samples: Tensor  # [b] int64, number of each sequence in the run's data order
+
+
+def uniform(key: NoiseKey, layers: Tensor, length: int) -> Tensor:
     """Independent uniform numbers, strictly inside (0, 1).
 
     Args:
-        seed: the run's seed.
-        samples: [b] int64, number of each sequence in the run's data order.
-        layer: global number of the layer.
+        key: the run's seed and the sequences.
+        layers: [n] int64, global numbers of layers.
         length: tokens of a sequence.
 
     Returns:
-        [length, b] float32.
+        [n, length, b] float32.
     """
-    high = _mix(samples >> 32) ^ ((seed * 0x9E3779B1 + layer * 0x85EBCA77) & _MASK)
-    stream = _mix(_mix(high) ^ (samples & _MASK))
+    samples = key.samples
+    of_layer = _mix((key.seed * 0x9E3779B1 & _MASK) + layers * 0x85EBCA77).view(-1, 1, 1)
+    stream = _mix(_mix(samples >> 32) ^ of_layer)
+    stream = _mix(stream ^ (samples & _MASK))
     position = torch.arange(length, device=samples.device).unsqueeze(1)
-    bits = _mix(_mix(position ^ stream) + stream & _MASK)
-    return ((bits >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    bits = _mix(_mix(position ^ stream) + stream)
+    return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def logistic(seed: int, samples: Tensor, layer: int, length: int) -> Tensor:
+def logistic(key: NoiseKey, layers: Tensor, length: int) -> Tensor:
     """The difference of two independent Gumbel variables; arguments and shape as :func:`uniform`."""
-    u = uniform(seed, samples, layer, length)
+    u = uniform(key, layers, length)
     return u.log() - torch.log1p(-u)
 
 

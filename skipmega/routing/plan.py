@@ -51,7 +51,7 @@ def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> Packing
         capacity = max(1, int(execute.sum(dim=0).max()))
     groups = length // group_size
     grouped = execute.view(groups, group_size, batch)
-    order = grouped.long().cumsum(dim=1) - 1
+    order = _running_count(grouped) - 1
     keep = grouped & (order < capacity)
     first_slot = torch.arange(groups, device=execute.device).view(groups, 1, 1) * capacity
     sequence = torch.arange(batch, device=execute.device)
@@ -66,3 +66,17 @@ def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> Packing
     flat_row = torch.arange(length * batch, device=execute.device)
     rows = rows.scatter(0, torch.where(keep, flat_slot, total), flat_row)[:total]
     return PackingPlan(rows=rows, slots=slots, positions=(rows // batch).view(-1, batch))
+
+
+@torch.library.custom_op("skipmega::running_count", mutates_args=())
+def _running_count(chosen: Tensor) -> Tensor:
+    """Number of True up to and including each token of a group: [groups, g, b] bool to int64.
+
+    Kept out of compiled graphs: inductor (torch 2.11) cannot fuse what follows a long scan.
+    """
+    return chosen.cumsum(dim=1)
+
+
+@_running_count.register_fake
+def _(chosen: Tensor) -> Tensor:
+    return chosen.new_empty(chosen.shape, dtype=torch.int64)

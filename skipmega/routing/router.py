@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from skipmega.routing import noise
-
 
 class Decision(NamedTuple):
     """A router's answer. ``probability`` carries the gradient; ``execute`` is what happens."""
@@ -19,13 +17,6 @@ class Decision(NamedTuple):
         return self.execute.float() + self.probability - self.probability.detach()
 
 
-class NoiseKey(NamedTuple):
-    """What the training noise of a micro-batch is a function of, beside the layer and the position."""
-
-    seed: int
-    samples: Tensor  # [b] int64
-
-
 class GumbelRouter(nn.Module):
     """Straight-through Gumbel-Softmax over [skip, execute] (SkipLayer, arXiv 2311.15436, section 3).
 
@@ -34,23 +25,20 @@ class GumbelRouter(nn.Module):
     executed updates are the same on every tensor-parallel rank.
     """
 
-    def __init__(self, hidden_size: int, layer: int, temperature: float) -> None:
+    def __init__(self, hidden_size: int, temperature: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(2, hidden_size))
-        self.layer = layer
         self.temperature = temperature
 
-    def forward(self, normed: Tensor, key: NoiseKey | None) -> Decision:
+    def forward(self, normed: Tensor, noise: Tensor | None) -> Decision:
         """Decide for each token.
 
         Args:
             normed: [s, b, hidden], the layer-normalised input.
-            key: makes the noise; None decides greedily.
+            noise: [s, b] float32 logistic noise; None decides greedily.
         """
         skip, execute = torch.nn.functional.linear(normed.float(), self.weight.float()).unbind(-1)
         margin = execute - skip
-        if key is not None:
-            length = normed.shape[0]
-            drawn = noise.logistic(key.seed, key.samples, self.layer, length)
-            margin = (margin + drawn) / self.temperature
+        if noise is not None:
+            margin = (margin + noise) / self.temperature
         return Decision(execute=margin > 0, probability=torch.sigmoid(margin))

@@ -146,8 +146,10 @@ class ShardedAdafactor(torch.optim.Optimizer):
             column = state[f"column/{fragment.name}"] / correction
             index = torch.arange(fragment.start, fragment.start + fragment.numel, device=piece.device)
             width = fragment.shape[1]
-            moment = row[index // width] * column[index % width] * fragment.whole[0] / total
-            directions.append(fragment.of(piece.grad).float() * moment.rsqrt())
+            # root by root: the product of the two moments of a row without gradient is no float32 any more
+            by_row, by_column = (row * (fragment.whole[0] / total)).rsqrt(), column.rsqrt()
+            scale = by_row[index // width] * by_column[index % width]
+            directions.append(fragment.of(piece.grad).float() * scale)
         return directions
 
     def _full_directions(self, group: dict[str, Any], piece: Tensor) -> list[Tensor]:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
-from skipmega.kernels.attention import AttentionBackend
+from skipmega.kernels.attention import AttentionBackend, document_starts
 from skipmega.models.decoder import DecoderStage, StageOutput
 from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.mpu import DeepSpeedMpu
 from skipmega.parallel.pipeline import attach_loss, run_micro_batches
 from skipmega.routing.density import squared_penalty
-from skipmega.routing.router import NoiseKey
+from skipmega.routing.noise import NoiseKey
 from skipmega.training.optimizers import build_optimizer, create_moments
 
 
@@ -51,9 +51,11 @@ class StepSums:
     def add_routing(self, output: StageOutput) -> None:
         """Count one micro-batch's records."""
         self.micro_batches += 1
-        for layer, record in output.records.items():
-            self.density[layer] += record.density.detach()
-            self.executed[layer] += record.executed.float().mean()
+        if output.records:
+            layers = list(output.records)
+            self.density[layers] += output.densities().detach()
+            executed = torch.stack([record.executed for record in output.records.values()])
+            self.executed[layers] += executed.float().mean(dim=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,11 @@ class TrainingEngine:
 
         def step(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
-            noise = NoiseKey(seed, batch.sample_ids)
-            context = LayerContext(batch.document_ids, noise, routing.capacity_factor, self.attention)
-            output = stage(batch.tokens, context)
+            context = LayerContext(_since(batch), routing.capacity_factor, self.attention)
+            output = stage(batch.tokens, context, NoiseKey(seed, batch.sample_ids))
             hidden = output.hidden
             if output.records:
-                local = torch.stack([record.density for record in output.records.values()])
+                local = output.densities()
                 penalty = squared_penalty(
                     local, self.grid.data.mean(local), routing.density, routing.density_loss_weight
                 )
@@ -170,7 +171,7 @@ class TrainingEngine:
 
         def step(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
-            output = stage(batch.tokens, LayerContext(batch.document_ids, None, factor))
+            output = stage(batch.tokens, LayerContext(_since(batch), factor))
             sums.add_routing(output)
             return self._finish(stage, output.hidden, batch, sums)
 
@@ -212,6 +213,10 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "bf16": {"enabled": config.training.precision == "bf16"},
         "steps_per_print": 2**31,
     }
+
+
+def _since(batch: TokenBatch) -> Tensor | None:
+    return None if batch.document_ids is None else document_starts(batch.document_ids)
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, None]:

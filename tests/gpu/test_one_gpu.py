@@ -5,7 +5,7 @@ import torch
 from support.steps import train_tiny
 from support.worlds import run_world
 
-from skipmega.kernels.attention import packed_attention
+from skipmega.kernels.attention import document_starts, packed_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +58,8 @@ def test_bf16_stays_near_fp32(on_gpu):
 def test_attention_back_ends_agree_in_forward_and_backward(with_documents, queries):
     torch.manual_seed(0)
     length, batch = 512, 3
-    documents = (torch.rand(batch, length, device="cuda") < 0.01).long().cumsum(1) if with_documents else None
+    documents = (torch.rand(batch, length, device="cuda") < 0.01).long().cumsum(1)
+    since = document_starts(documents) if with_documents else None
     positions = None
     if queries is not None:
         chosen = [torch.randperm(length, device="cuda")[:queries].sort().values for _ in range(batch)]
@@ -71,7 +72,7 @@ def test_attention_back_ends_agree_in_forward_and_backward(with_documents, queri
     compiled = torch.compile(packed_attention)
     results = []
     for attention, backend in ((packed_attention, "sdpa"), (compiled, "flex")):
-        out = attention(*inputs, positions, documents, backend)
+        out = attention(*inputs, positions, since, backend)
         results.append([out, *torch.autograd.grad(out, inputs, upstream)])
     for reference, found in zip(*results, strict=True):
         error = (found - reference).norm() / reference.norm()
