@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Pre-trains a model.
 
-    python pretrain/pretrain.py CONFIG.yaml [section.field=value ...]
-    torchrun --nproc-per-node 8 pretrain/pretrain.py CONFIG.yaml parallel.tensor_parallel=2
+python pretrain/pretrain.py CONFIG.yaml [section.field=value ...]
+torchrun --nproc-per-node 8 pretrain/pretrain.py CONFIG.yaml parallel.tensor_parallel=2
 """
 
 import argparse
@@ -12,7 +12,9 @@ from skipmega.launch.cli import run_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help="YAML file of the run; `defaults:` in it names files it builds on")
     parser.add_argument("overrides", nargs="*", help="section.field=value, values in YAML")
     parser.add_argument("--print-config", action="store_true", help="print the merged config and exit")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Evaluates a native checkpoint or a Hugging Face export on lm-eval tasks.
 
-    python tools/evaluate.py runs/quickstart --tasks heldout --include-path runs/quickstart/tasks
-    torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks piqa
+python tools/evaluate.py runs/quickstart --tasks heldout --include-path runs/quickstart/tasks
+torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks piqa
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a run folder, a checkpoint, or an export")
     parser.add_argument("--tasks", required=True, help="lm-eval task names, separated by commas")
     parser.add_argument("--include-path", action="append", default=[], help="folder of own task files")

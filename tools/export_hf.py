@@ -13,7 +13,9 @@ from skipmega.launch.cli import run_script
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a run folder (its newest checkpoint is taken) or one checkpoint")
     parser.add_argument("out", help="folder to write; may be an earlier export")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (fp32)")

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -79,19 +82,19 @@ class Checkpoint:
         mesh = _tensor_mesh(grid)
         target = {name: _distributed(tensor, mesh, grid) for name, tensor in tensors.items()}
         try:
-            dcp.load(target, checkpoint_id=self.path / _TENSORS)
+            load_distributed(target, checkpoint_id=self.path / _TENSORS)
         except (CheckpointException, RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(f"cannot read checkpoint {self.path}: {_cause(error)}") from error
 
     def read_weights(self) -> dict[str, Tensor]:
         """All weights as full float32 tensors by logical name, in this process alone (no grid needed)."""
-        metadata = dcp.FileSystemReader(self.path / _TENSORS).read_metadata().state_dict_metadata
+        metadata = FileSystemReader(self.path / _TENSORS).read_metadata().state_dict_metadata
         target = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in metadata.items()
-            if key.startswith("weights/")
+            if key.startswith("weights/") and isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(target, checkpoint_id=self.path / _TENSORS, no_dist=True)
+        load_distributed(target, checkpoint_id=self.path / _TENSORS, no_dist=True)
         return {key.removeprefix("weights/"): tensor for key, tensor in target.items()}
 
 
@@ -137,13 +140,15 @@ class CheckpointStore:
         mine = tensors if grid.data.rank == 0 else {}
         needed = sum(tensor.local.numel() * tensor.local.element_size() for tensor in mine.values())
         try:
-            dcp.save(
+            save_distributed(
                 {name: _distributed(tensor, mesh, grid) for name, tensor in mine.items()},
                 checkpoint_id=building / _TENSORS,
             )
         except CheckpointException as error:
             free = shutil.disk_usage(self.folder).free
-            cause = f"{_cause(error)} (this process writes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free)"
+            cause = (
+                f"{_cause(error)} (this process writes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free)"
+            )
             _on_first_process(grid, final, lambda: shutil.rmtree(building, ignore_errors=True))
             raise CheckpointError(self._failure(final, cause)) from error
         _on_first_process(grid, final, lambda: self._complete(building, final, config, state))

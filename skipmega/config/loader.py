@@ -127,7 +127,7 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:
 
 def _explain(detail: ErrorDetails) -> str:
     """One pydantic error as: field, value, what is allowed, nearest right name."""
-    location = [part for part in detail["loc"]]
+    location = list(detail["loc"])
     field = ".".join(str(part) for part in location)
     if detail["type"] == "extra_forbidden":
         known = _field_names(location[:-1])

@@ -111,8 +111,7 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
     ):
         if value % tensor:
             raise ConfigError(
-                f"{name}={value} is not divisible by parallel.tensor_parallel={tensor}: "
-                "change one of the two"
+                f"{name}={value} is not divisible by parallel.tensor_parallel={tensor}: change one of the two"
             )
     if model.num_layers % pipeline:
         raise ConfigError(
@@ -132,9 +131,7 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
             f"training.micro_batch_size={training.micro_batch_size} x {replicas} data-parallel ranks: "
             f"use a multiple of {per_step}"
         )
-    return config.model_copy(
-        update={"parallel": parallel.model_copy(update={"data_parallel": replicas})}
-    )
+    return config.model_copy(update={"parallel": parallel.model_copy(update={"data_parallel": replicas})})
 
 
 def check_consistency(config: RunConfig) -> None:
@@ -158,9 +155,9 @@ def check_consistency(config: RunConfig) -> None:
         )
     if routing.eval_capacity_factor is not None and group is None:
         raise ConfigError(
-            f"routing.eval_capacity_factor={routing.eval_capacity_factor} needs routing.group_size: with whole "
-            "sequences as groups the capacity would change with the length of a text; set group_size, or "
-            "leave eval_capacity_factor out (dropless)"
+            f"routing.eval_capacity_factor={routing.eval_capacity_factor} needs routing.group_size: with "
+            "whole sequences as groups the capacity would change with the length of a text; set group_size, "
+            "or leave eval_capacity_factor out (dropless)"
         )
     if training.stop_after is not None and training.stop_after > training.steps:
         raise ConfigError(

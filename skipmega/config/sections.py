@@ -83,8 +83,8 @@ class RoutingConfig(Section):
     that execute a routed layer; the first ``dense_first`` and last ``dense_last`` layers have no router.
     ``group_size`` (tokens of one sequence that share a capacity; left out: the whole sequence) and
     ``capacity_factor`` give every group ``ceil(capacity_factor * density * group_size)`` slots;
-    a ``null`` factor is dropless (``eval_capacity_factor`` is evaluation's). ``density_loss_weight`` is the factor of the squared density penalty,
-    summed over layers.
+    a ``null`` factor is dropless (``eval_capacity_factor`` is evaluation's). ``density_loss_weight`` is
+    the factor of the squared density penalty, summed over layers.
     """
 
     router: Literal["gumbel", "always"] = "gumbel"

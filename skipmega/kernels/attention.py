@@ -95,10 +95,7 @@ def packed_block_mask(
     Key blocks wholly visible to every query of a query block are marked full, those visible to some
     partial, the rest are skipped. Arguments as in :func:`packed_attention`.
     """
-    if positions is None:
-        at = torch.arange(length, device=device).expand(batch, -1)
-    else:
-        at = positions.t()
+    at = torch.arange(length, device=device).expand(batch, -1) if positions is None else positions.t()
     start = torch.zeros_like(at) if since is None else since.gather(1, at)
     queries = at.shape[1]
     first, last = _block_range(at, queries)

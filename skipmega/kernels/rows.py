@@ -19,7 +19,7 @@ class _GatherRows(torch.autograd.Function):
         return full.index_select(0, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slots,) = ctx.saved_tensors
         return _select_or_zero(grad, slots), None, None
 
@@ -32,7 +32,7 @@ class _AddRows(torch.autograd.Function):
         return torch.where(taken, full + update.index_select(0, slots.clamp(min=0)), full)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, slots = ctx.saved_tensors
         owner = slots.index_select(0, rows)
         real = owner == torch.arange(rows.shape[0], device=rows.device)

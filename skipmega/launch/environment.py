@@ -46,7 +46,7 @@ def discover_process() -> ProcessInfo:
         numbers[name] = int(value)
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
         raise ConfigError(
-            f"RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}: start with torchrun, or "
-            "unset both"
+            f"RANK={numbers['RANK']} is not below WORLD_SIZE={numbers['WORLD_SIZE']}: start with torchrun, "
+            "or unset both"
         )
     return ProcessInfo(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], launcher="torchrun")

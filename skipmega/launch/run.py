@@ -48,13 +48,12 @@ def pretrain(config: RunConfig, process: ProcessInfo) -> None:
     if checkpoint is not None:
         progress = resume(engine, grid, checkpoint)
     sinks = _announce(engine, progress, checkpoint, attempt) if grid.rank == 0 else []
+    held_out = data.valid
     loop = TrainingLoop(
         config,
         engine,
         train_batches=_train_batches(config, grid, data.train, tokenizer, progress.consumed_samples),
-        held_out=None
-        if data.valid is None
-        else lambda: _held_out_batches(config, grid, data.valid, tokenizer),
+        held_out=None if held_out is None else lambda: _held_out_batches(config, grid, held_out, tokenizer),
         progress=progress,
         sinks=sinks,
         save=lambda now: save(engine, grid, folder, now),
@@ -94,9 +93,7 @@ def build_data(config: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
 def resume(engine: TrainingEngine, grid: ParallelGrid, checkpoint: Checkpoint) -> Progress:
     """Put a checkpoint's state into a fresh engine; returns how far it was."""
     state = checkpoint.state
-    restore_state(
-        engine, state["optimizer_updates"], lambda tensors: checkpoint.read_into(tensors, grid)
-    )
+    restore_state(engine, state["optimizer_updates"], lambda tensors: checkpoint.read_into(tensors, grid))
     return Progress(step=state["step"], consumed_samples=state["consumed_samples"])
 
 

@@ -7,7 +7,9 @@ Routers, norms and activations are left out (well under a percent).
 from skipmega.config import ModelConfig, RunConfig
 
 
-def forward_flops_per_token(model: ModelConfig, vocab_size: int, length: int, densities: list[float]) -> float:
+def forward_flops_per_token(
+    model: ModelConfig, vocab_size: int, length: int, densities: list[float]
+) -> float:
     """Forward operations of one token at the mean position of a sequence.
 
     Args:

@@ -92,9 +92,7 @@ class DecoderLayer(nn.Module):
         def pack(full: Tensor) -> Tensor:
             return gather_rows(full.flatten(0, 1), plan.rows, plan.slots).view(-1, batch, full.shape[-1])
 
-        attended = self.attention(
-            normed, pack(normed), plan.positions, context.since, context.attention
-        )
+        attended = self.attention(normed, pack(normed), plan.positions, context.since, context.attention)
         update = attended + self.mlp(self.mlp_norm(pack(hidden) + attended))
         probability = pack(decision.probability.unsqueeze(-1))
         update = update * (1 + probability - probability.detach()).to(update.dtype)

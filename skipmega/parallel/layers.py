@@ -62,7 +62,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
         _mark_as_cut(self.weight, dim=0)
         self._alone = axis.size == 1
 
-    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden: Tensor) -> Tensor:
         if self._alone:
             return F.linear(hidden, self.weight)
         return super().forward(hidden)[0]
@@ -86,7 +86,7 @@ class RowLinear(tensor_parallel.RowParallelLinear):
         _mark_as_cut(self.weight, dim=1)
         self._alone = axis.size == 1
 
-    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden: Tensor) -> Tensor:
         if self._alone:
             return F.linear(hidden, self.weight)
         return super().forward(hidden)[0]
@@ -96,7 +96,9 @@ class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):
     """Token embedding with the vocabulary cut over the tensor axis: [b, s] int64 to [b, s, hidden]."""
 
     def __init__(self, vocabulary: int, hidden_size: int, config: TransformerConfig, axis: Axis) -> None:
-        super().__init__(vocabulary, hidden_size, init_method=_uninitialised, config=config, tp_group=axis.group)
+        super().__init__(
+            vocabulary, hidden_size, init_method=_uninitialised, config=config, tp_group=axis.group
+        )
         _mark_as_cut(self.weight, dim=0)
 
 

@@ -76,7 +76,7 @@ class _AttachLoss(torch.autograd.Function):
         return activation.view_as(activation)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, torch.full((), ctx.scale, dtype=ctx.loss_dtype, device=grad.device), None
 
 

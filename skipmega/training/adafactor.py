@@ -106,20 +106,21 @@ class ShardedAdafactor(torch.optim.Optimizer):
             (piece,) = group["params"]
             if piece.grad is None:
                 continue
+            gradient = piece.grad.float()
             self.state[piece]["step"] += 1
             if group["kind"] == "matrices":
-                self._accumulate_factors(group, piece)
-                directions = self._factored_directions(group, piece)
+                self._accumulate_factors(group, piece, gradient)
+                directions = self._factored_directions(group, piece, gradient)
             else:
-                directions = self._full_directions(group, piece)
+                directions = self._full_directions(group, piece, gradient)
             self._update(group, piece, directions)
 
-    def _accumulate_factors(self, group: dict[str, Any], piece: Tensor) -> None:
+    def _accumulate_factors(self, group: dict[str, Any], piece: Tensor, gradient: Tensor) -> None:
         """Decay the row and column moments towards this gradient's mean squares."""
         rows, columns = [], []
         for fragment in group["fragments"]:
             square = torch.zeros(int(torch.Size(fragment.shape).numel()), device=piece.device)
-            grad = fragment.of(piece.grad).float()
+            grad = fragment.of(gradient)
             square.narrow(0, fragment.start, fragment.numel).copy_(grad.square() + _SMALLEST_SQUARE)
             matrix = square.view(fragment.shape)
             rows.append(matrix.sum(dim=1))
@@ -134,7 +135,7 @@ class ShardedAdafactor(torch.optim.Optimizer):
             state[f"row/{fragment.name}"].lerp_(row / width, 1 - self._beta2)
             state[f"column/{fragment.name}"].lerp_(column / height, 1 - self._beta2)
 
-    def _factored_directions(self, group: dict[str, Any], piece: Tensor) -> list[Tensor]:
+    def _factored_directions(self, group: dict[str, Any], piece: Tensor, gradient: Tensor) -> list[Tensor]:
         """Per fragment, gradient over the root of its factored moment: flat, float32."""
         state, correction = self.state[piece], self._correction(piece)
         rows = [state[f"row/{fragment.name}"] / correction for fragment in group["fragments"]]
@@ -149,13 +150,13 @@ class ShardedAdafactor(torch.optim.Optimizer):
             # root by root: the product of the two moments of a row without gradient is no float32 any more
             by_row, by_column = (row * (fragment.whole[0] / total)).rsqrt(), column.rsqrt()
             scale = by_row[index // width] * by_column[index % width]
-            directions.append(fragment.of(piece.grad).float() * scale)
+            directions.append(fragment.of(gradient) * scale)
         return directions
 
-    def _full_directions(self, group: dict[str, Any], piece: Tensor) -> list[Tensor]:
-        moment, grad = self.state[piece]["full"], piece.grad.float()
-        moment.lerp_(grad.square() + _SMALLEST_SQUARE, 1 - self._beta2)
-        direction = grad * (moment / self._correction(piece)).rsqrt()
+    def _full_directions(self, group: dict[str, Any], piece: Tensor, gradient: Tensor) -> list[Tensor]:
+        moment = self.state[piece]["full"]
+        moment.lerp_(gradient.square() + _SMALLEST_SQUARE, 1 - self._beta2)
+        direction = gradient * (moment / self._correction(piece)).rsqrt()
         return [fragment.of(direction) for fragment in group["fragments"]]
 
     def _correction(self, piece: Tensor) -> float:

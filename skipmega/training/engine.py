@@ -131,7 +131,9 @@ class TrainingEngine:
         dist.all_reduce(packed, group=self.grid.pipeline.group)
         values = packed.tolist()
         return Averages(
-            loss=values[0] / max(values[1], 1.0), density=values[2 : 2 + layers], executed=values[2 + layers :]
+            loss=values[0] / max(values[1], 1.0),
+            density=values[2 : 2 + layers],
+            executed=values[2 + layers :],
         )
 
     def _run(

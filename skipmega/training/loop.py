@@ -95,9 +95,7 @@ class TrainingLoop:
                 "lower optimizer.learning_rate or raise schedule.warmup_steps, and resume from the last "
                 "checkpoint"
             )
-        speed = speed_numbers(
-            self.config, seen, self._steps, self._timer.read(), self.engine.grid.world_size
-        )
+        speed = speed_numbers(self.config, seen, self._steps, self._timer.read(), self.engine.grid.world_size)
         self._write(
             {
                 "kind": "train",

@@ -51,15 +51,15 @@ def routing_numbers(config: RunConfig, seen: Averages) -> dict[str, list[float] 
     return {"routed_layers": layers, "density": chosen, "dropped": dropped}
 
 
-def speed_numbers(config: RunConfig, seen: Averages, steps: int, seconds: float, devices: int) -> dict[str, float]:
+def speed_numbers(
+    config: RunConfig, seen: Averages, steps: int, seconds: float, devices: int
+) -> dict[str, float]:
     """Throughput of ``steps`` steps in ``seconds``: tokens/s of the whole job, TFLOP/s a device as executed
     and dense-equivalent, and the MFU (executed, against ``logging.peak_tflops``) when a peak is stated."""
     tokens = steps * config.training.global_batch_size * config.data.sequence_length
     rate = tokens / seconds
     routed = set(routed_layers(config))
-    densities = [
-        seen.executed[layer] if layer in routed else 1.0 for layer in range(config.model.num_layers)
-    ]
+    densities = [seen.executed[layer] if layer in routed else 1.0 for layer in range(config.model.num_layers)]
     executed = rate * training_flops_per_token(config, densities) / TERA / devices
     numbers = {
         "tokens_per_second": rate,

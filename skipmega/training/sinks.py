@@ -54,14 +54,14 @@ class TensorBoardSink:
             raise ConfigError(
                 "logging.tensorboard=true needs the package tensorboard: pip install 'skipmega[logging]'"
             ) from None
-        self._writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
         for name, value in _scalars(record).items():
-            self._writer.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandbSink:
@@ -72,7 +72,8 @@ class WandbSink:
             import wandb
         except ImportError:
             raise ConfigError(
-                f"logging.wandb={config.logging.wandb} needs the package wandb: pip install 'skipmega[logging]'"
+                f"logging.wandb={config.logging.wandb} needs the package wandb: "
+                "pip install 'skipmega[logging]'"
             ) from None
         folder = Path(config.run_dir)
         self._run = wandb.init(

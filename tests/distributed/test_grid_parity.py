@@ -2,21 +2,40 @@
 
 import pytest
 import torch
+
 from support.steps import train_tiny
 from support.worlds import run_world
 
 STEPS = 3
-UNTIED_SWIGLU = {"model": {"tie_embeddings": False, "activation": "swiglu"}, "routing": {"capacity_factor": None}}
+UNTIED_SWIGLU = {
+    "model": {"tie_embeddings": False, "activation": "swiglu"},
+    "routing": {"capacity_factor": None},
+}
 ADAFACTOR = {"optimizer": {"name": "adafactor", "gradient_clip": 0.0}}
 ZERO2 = {"parallel": {"zero_stage": 2}}
 VARIANTS = {"adamw": None, "untied-swiglu-dropless": UNTIED_SWIGLU, "adafactor": ADAFACTOR}
-GRIDS_OF_2 = {"TP2": (2, 1, "adamw"), "PP2": (1, 2, "adamw"), "DP2": (1, 1, "adamw"), "DP2-zero2": (1, 1, "zero2"),
-              "TP2-untied": (2, 1, "untied-swiglu-dropless"), "PP2-untied": (1, 2, "untied-swiglu-dropless"),
-              "DP2-untied": (1, 1, "untied-swiglu-dropless"),
-              "TP2-adafactor": (2, 1, "adafactor"), "DP2-adafactor": (1, 1, "adafactor")}  # fmt: skip
-GRIDS_OF_4 = {"TP2-PP2": (2, 2, "adamw"), "TP2-DP2": (2, 1, "adamw"), "PP2-DP2": (1, 2, "adamw"),
-              "PP4": (1, 4, "adamw"), "DP4": (1, 1, "adamw"), "PP2-DP2-zero2": (1, 2, "zero2"),
-              "TP2-PP2-untied": (2, 2, "untied-swiglu-dropless"), "TP2-DP2-adafactor": (2, 1, "adafactor")}  # fmt: skip
+# name: (tensor, pipeline, variant); what is left of the world is data parallel
+GRIDS_OF_2 = {
+    "TP2": (2, 1, "adamw"),
+    "PP2": (1, 2, "adamw"),
+    "DP2": (1, 1, "adamw"),
+    "DP2-zero2": (1, 1, "zero2"),
+    "TP2-untied": (2, 1, "untied-swiglu-dropless"),
+    "PP2-untied": (1, 2, "untied-swiglu-dropless"),
+    "DP2-untied": (1, 1, "untied-swiglu-dropless"),
+    "TP2-adafactor": (2, 1, "adafactor"),
+    "DP2-adafactor": (1, 1, "adafactor"),
+}
+GRIDS_OF_4 = {
+    "TP2-PP2": (2, 2, "adamw"),
+    "TP2-DP2": (2, 1, "adamw"),
+    "PP2-DP2": (1, 2, "adamw"),
+    "PP4": (1, 4, "adamw"),
+    "DP4": (1, 1, "adamw"),
+    "PP2-DP2-zero2": (1, 2, "zero2"),
+    "TP2-PP2-untied": (2, 2, "untied-swiglu-dropless"),
+    "TP2-DP2-adafactor": (2, 1, "adafactor"),
+}
 
 
 def overrides_of(variant):
@@ -24,7 +43,10 @@ def overrides_of(variant):
 
 
 def train_all(grids):
-    return {name: train_tiny(tensor, pipeline, STEPS, overrides_of(variant)) for name, (tensor, pipeline, variant) in grids.items()}
+    return {
+        name: train_tiny(tensor, pipeline, STEPS, overrides_of(variant))
+        for name, (tensor, pipeline, variant) in grids.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +75,9 @@ def check_equal(found, expected):
         error = (found["gradients"][name] - gradient).norm() / gradient.norm()
         assert error < 1e-4, f"gradient of {name} is off by {error:.1e}"
     for name, weight in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found["weights"][name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", GRIDS_OF_2)

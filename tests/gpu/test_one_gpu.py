@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.steps import train_tiny
-from support.worlds import run_world
 
 from skipmega.kernels.attention import document_starts, packed_attention
+from support.steps import train_tiny
+from support.worlds import run_world
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from skipmega.config import RunConfig, build_config, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import TokenBatch
 from skipmega.launch.environment import discover_process
-from skipmega.parallel.logical import partition_dim
 from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
+from skipmega.parallel.logical import partition_dim
 from skipmega.training.engine import StepSums, TrainingEngine
 
 SAMPLES_PER_MICRO_STEP = 4
@@ -34,8 +34,12 @@ def tiny_config(overrides: dict[str, dict[str, Any]] | None = None) -> RunConfig
         },
         "routing": {"density_loss_weight": 1.0, "group_size": 16, "capacity_factor": 1.1},
         "data": {"sequence_length": LENGTH},
-        "training": {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": SAMPLES_PER_MICRO_STEP, "eval_sequences": 4},
-        # Adam divides a gradient of nearly zero by nearly zero: a larger epsilon keeps its rounding noise small
+        "training": {
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch_size": SAMPLES_PER_MICRO_STEP,
+            "eval_sequences": 4,
+        },
+        # Adam divides a gradient of nearly zero by nearly zero: a larger epsilon tames the rounding
         "optimizer": {"gradient_clip": 0.5, "epsilon": 1e-5},
     }
     for section, fields in (overrides or {}).items():
@@ -44,7 +48,7 @@ def tiny_config(overrides: dict[str, dict[str, Any]] | None = None) -> RunConfig
 
 
 def tiny_batches(config: RunConfig, grid: ParallelGrid, first_sample: int = 0) -> Iterator[TokenBatch]:
-    """Random documents as a pure function of the sample number, cut over data ranks as the real loader does."""
+    """Random documents by sample number, cut over data ranks as the real loader does."""
     size, replicas, sample = config.training.micro_batch_size, grid.data.size, first_sample
     length = config.data.sequence_length
     while True:
@@ -61,7 +65,9 @@ def tiny_batches(config: RunConfig, grid: ParallelGrid, first_sample: int = 0) -
         sample += size * replicas
 
 
-def train_tiny(tensor: int, pipeline: int, steps: int, overrides: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+def train_tiny(
+    tensor: int, pipeline: int, steps: int, overrides: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Train on this world's grid; every rank returns the same logical results.
 
     Returns losses and grad-norms per step, the first step's gradients and the final fp32 weights by logical

@@ -31,7 +31,8 @@ def run_world(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
-    limit: float = 150.0, variables: dict[str, str] | None = None
+    limit: float = 150.0,
+    variables: dict[str, str] | None = None,
 ) -> list[Any]:
     """Call ``function(*arguments)`` in ``world_size`` processes; returns their results by rank.
 
@@ -47,7 +48,11 @@ def run_world(
         port = _free_port()
         children = [
             subprocess.Popen(
-                command, env={**_environment(function, rank, world_size, port), **(variables or {})}, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
+                command,
+                env={**_environment(function, rank, world_size, port), **(variables or {})},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
             )
             for rank, out in enumerate(outputs)
         ]
@@ -61,7 +66,10 @@ def run_world(
         for out in outputs:
             out.close()
         if any(codes):
-            texts = [f"--- rank {r}, exit {codes[r]}\n" + (folder / f"output-{r}").read_text()[-4000:] for r in range(world_size)]
+            texts = [
+                f"--- rank {r}, exit {codes[r]}\n" + (folder / f"output-{r}").read_text()[-4000:]
+                for r in range(world_size)
+            ]
             raise AssertionError("\n".join(texts))
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 

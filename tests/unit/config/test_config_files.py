@@ -168,3 +168,16 @@ def test_a_dumped_configuration_loads_back_equal(
     )
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
     assert load_config(write(path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize("name", ["1e5", "1e-3", "3E8", "null", "1"])
+def test_names_that_look_like_numbers_survive_a_dump(tmp_path: Path, name: str) -> None:
+    config = build_config({"run_dir": name}, source="test")
+    (tmp_path / "dumped.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dumped.yaml") == config
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary\.yaml"):
+        load_config(tmp_path / "binary.yaml")

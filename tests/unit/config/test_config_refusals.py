@@ -218,3 +218,16 @@ def test_no_vocabulary_at_all_is_refused() -> None:
         resolve_vocabulary(RunConfig(), None)
     with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):
         _ = RunConfig().vocab_size
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("data.split=[.nan, 1]", "data.split"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
+        ("routing.eval_capacity_factor=1.5", "routing.group_size"),
+    ],
+)
+def test_numbers_that_are_none_and_lengths_that_would_decide_are_refused(override: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        load_config(None, [override])

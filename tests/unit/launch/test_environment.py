@@ -63,3 +63,12 @@ def test_what_is_not_a_whole_number_is_refused(
     with pytest.raises(ConfigError) as refused:
         discover_process()
     assert f"{name}={value!r} is not a whole number" in str(refused.value)
+
+
+def test_a_rank_outside_the_world_is_refused(environment: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "9", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"
+    }.items():  # fmt: skip
+        environment.setenv(name, value)
+    with pytest.raises(ConfigError, match="RANK=9 is not below WORLD_SIZE=2"):
+        discover_process()

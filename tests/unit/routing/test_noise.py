@@ -103,3 +103,9 @@ def test_it_lies_strictly_inside_the_unit_interval() -> None:
     assert drawn.min() > 0
     assert drawn.max() < 1
     assert logistic(1234, torch.arange(512), 0, 1024).isfinite().all()
+
+
+def test_bits_that_are_all_ones_stay_below_one() -> None:
+    drawn = uniform(1234, torch.tensor([47410]), 0, 1024)  # position 1005 draws the largest number
+    assert drawn.max() < 1
+    assert logistic(1234, torch.tensor([47410]), 0, 1024).isfinite().all()

@@ -5,6 +5,7 @@ That sums over ranks are completed is the grid-parity tests' matter.
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from adafactor_reference import PlainAdafactor
 from torch import Tensor, nn
@@ -135,3 +136,15 @@ def test_a_vector_s_zero_gradient_changes_nothing() -> None:
     setup.pieces["vectors"].grad = torch.zeros_like(setup.pieces["vectors"])
     setup.optimizer.step()
     assert torch.equal(setup.weight("norm"), before)
+
+
+@pytest.mark.parametrize("rows", [[0.0] * 4, [1e-8, 1e-8, 0.0, 0.0]])
+def test_rows_without_a_gradient_stay_finite(rows: list[float]) -> None:
+    piece, alone = nn.Parameter(torch.ones(12)), Axis(1, 0, None)  # type: ignore[arg-type]
+    groups = [{"kind": "matrices", "params": [piece], "weight_decay": 0.0}]
+    grid = SimpleNamespace(data=alone, tensor=alone)
+    optimizer = ShardedAdafactor(groups, grid, lr=0.1, beta2=0.99, update_clip=1.0)  # type: ignore[arg-type]
+    optimizer.place({"matrices": [Fragment("m", (4, 3), (4, 3), None, 0, 12, 0)]})
+    piece.grad = torch.tensor(rows).repeat_interleave(3)
+    optimizer.step()
+    assert piece.isfinite().all()
