@@ -83,12 +83,11 @@ def evaluate_export(
 ) -> EvaluationResult:
     """Evaluate a Hugging Face model folder through lm-eval's own ``hf`` model, in float32, one process.
 
-    The code in the folder is run (``trust_remote_code``). What has no context is conditioned on the
-    ``eos_token``, with which training ends documents, also where the tokenizer has a ``bos_token``, which
-    lm-eval would take by itself. On the same weights the numbers are those of :func:`evaluate_tasks` if
-    the tokenizer adds no special tokens and ``max_position_embeddings`` is the model's ``max_length``.
-    The command that does the same is ``lm_eval run --model hf --model_args
-    pretrained=DIRECTORY,trust_remote_code=True,dtype=float32,prefix_token_id=EOS_ID``.
+    The code in the folder is run (``trust_remote_code``). The numbers are those of ``lm_eval run --model
+    hf --model_args pretrained=DIRECTORY,trust_remote_code=True,dtype=float32``. On the same weights they
+    are also those of :func:`evaluate_tasks` if the tokenizer adds no special tokens and has no
+    ``bos_token`` (what has no context is then conditioned on the ``eos_token``, as in training), and
+    ``max_position_embeddings`` is the model's ``max_length``; with skipmega's exports it is so.
 
     Args:
         directory: a folder with config.json, weights and a tokenizer.
@@ -110,15 +109,9 @@ def evaluate_export(
     settings = _Settings(tasks, num_fewshot, include_paths, limit, batch_size, seed)
     _prepare_lm_eval("lm_eval", "transformers", "accelerate")
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"the tokenizer in {directory} has no eos_token, which ends documents")
     adapter = HFLM(
         pretrained=str(directory),
-        tokenizer=tokenizer,
-        prefix_token_id=tokenizer.eos_token_id,
         trust_remote_code=True,
         dtype="float32",
         device=device,

@@ -182,7 +182,6 @@ def _write_tokenizer(folder: Path, hf_config: SkipmegaConfig, tokenizer_path: st
             f"data.tokenizer={tokenizer_path} has {len(tokenizer)} ids, more than the model's "
             f"model.vocab_size={hf_config.vocab_size}: give the tokenizer that the run was trained with"
         )
-    hf_config.bos_token_id = tokenizer.bos_token_id
     hf_config.eos_token_id = tokenizer.eos_token_id
     hf_config.pad_token_id = tokenizer.pad_token_id
 
@@ -190,9 +189,7 @@ def _write_tokenizer(folder: Path, hf_config: SkipmegaConfig, tokenizer_path: st
 def _generation_config(hf_config: SkipmegaConfig) -> GenerationConfig:
     """Token ids only: a length set here would override the limits of evaluation harnesses."""
     pad = hf_config.pad_token_id if hf_config.pad_token_id is not None else hf_config.eos_token_id
-    return GenerationConfig(
-        bos_token_id=hf_config.bos_token_id, eos_token_id=hf_config.eos_token_id, pad_token_id=pad
-    )
+    return GenerationConfig(eos_token_id=hf_config.eos_token_id, pad_token_id=pad)
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -228,7 +225,8 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
 
 - Needs transformers >= 5. `model(..., output_execution=True).executed` tells which tokens ran which layer.
-- The tokenizer, if the folder has one, adds no special tokens and reads a literal `<s>` as plain text.
+- The tokenizer, if the folder has one, adds no special tokens, has no `bos_token` (training knows none) and
+  reads a literal `<s>` as plain text.
 - Key/value caches hold every token in every layer: a token that skips a layer still writes its keys and
   values there.
 """

@@ -8,8 +8,8 @@ from torch import Tensor
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.hf.export import verify_export, write_export
 from skipmega.inference.native import NativeModel
-from skipmega.launch.environment import ProcessInfo
 from skipmega.parallel.grid import create_grid, end_communication
+from skipmega.parallel.process import ProcessInfo
 
 _COMPARED_ROWS, _COMPARED_LENGTH = 2, 256
 

@@ -2,7 +2,9 @@
 
 The export loads with plain ``AutoTokenizer``, without remote code. It adds no ``<s>`` or ``</s>``, because
 training encodes without special tokens, and it reads a literal ``<s>`` in a text as three characters, as
-sentencepiece does (``split_special_tokens``). What is not exact:
+sentencepiece does (``split_special_tokens``). It names no ``bos_token``: training never shows ``<s>`` to the
+model, and evaluation harnesses would begin texts with it, where training begins them after ``</s>``. What is
+not exact:
 
 - The bare ``tokenizers.Tokenizer.from_file("tokenizer.json")`` does turn a literal ``<s>`` into its id; the
   setting that prevents it lives in ``tokenizer_config.json``.
@@ -119,10 +121,9 @@ def _check_convertible(proto: Any, path: Path) -> None:
 
 
 def _special_tokens(proto: Any) -> dict[str, str]:
-    """The named special tokens that the model has, as ``PreTrainedTokenizerFast`` calls them."""
+    """The special tokens with a part in training, as ``PreTrainedTokenizerFast`` calls them."""
     trainer = proto.trainer_spec
     ids = {
-        "bos_token": trainer.bos_id,
         "eos_token": trainer.eos_id,
         "pad_token": trainer.pad_id,
         "unk_token": trainer.unk_id,

@@ -1,26 +1,11 @@
 """Which process am I? The one place that reads a launcher's environment variables."""
 
 import os
-from dataclasses import dataclass
 
 from skipmega.errors import ConfigError
+from skipmega.parallel.process import ProcessInfo
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class ProcessInfo:
-    """This process among all processes of the job."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    launcher: str
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether no launcher started this process (a job of one)."""
-        return self.launcher == "none"
 
 
 def discover_process() -> ProcessInfo:

@@ -15,10 +15,10 @@ from skipmega.data.batches import SampleSource, TokenBatch, make_loader
 from skipmega.data.datasets import RunDatasets, build_datasets
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import ConfigError
-from skipmega.launch.environment import ProcessInfo
 from skipmega.launch.run_folder import RunFolder
 from skipmega.models.flops import count_parameters, training_flops_per_token
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
+from skipmega.parallel.process import ProcessInfo
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.loop import Progress, TrainingLoop
 from skipmega.training.optimizers import updates_done

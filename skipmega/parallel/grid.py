@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from torch._C._distributed_c10d import HashStore
 
 from skipmega.errors import ConfigError
-from skipmega.launch.environment import ProcessInfo
 from skipmega.parallel.cpu import run_megatron_on_cpu
+from skipmega.parallel.process import ProcessInfo
 
 
 @dataclass(frozen=True)

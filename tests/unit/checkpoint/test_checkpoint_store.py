@@ -194,7 +194,7 @@ from pathlib import Path
 from skipmega.checkpoint.store import CheckpointStore
 from skipmega.config import build_config
 from skipmega.errors import CheckpointError
-from skipmega.launch.environment import ProcessInfo
+from skipmega.parallel.process import ProcessInfo
 from skipmega.parallel.grid import create_grid
 from skipmega.parallel.logical import LogicalTensor
 

@@ -105,7 +105,7 @@ def export(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pa
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<bos>", "<eod>"],
+        special_tokens=["<eod>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -124,9 +124,9 @@ def export(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Pa
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(3)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eod>"
-    ).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eod>").save_pretrained(
+        folder
+    )
     return folder
 
 

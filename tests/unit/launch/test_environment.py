@@ -3,7 +3,8 @@
 import pytest
 
 from skipmega.errors import ConfigError
-from skipmega.launch.environment import ProcessInfo, discover_process
+from skipmega.launch.environment import discover_process
+from skipmega.parallel.process import ProcessInfo
 
 TORCHRUN = {
     "RANK": "5",

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from skipmega.launch.environment import ProcessInfo
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
+from skipmega.parallel.process import ProcessInfo
 
 
 @pytest.fixture(scope="module")

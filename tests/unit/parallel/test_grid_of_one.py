@@ -6,11 +6,11 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 
 from skipmega.errors import ConfigError
-from skipmega.launch.environment import ProcessInfo
 from skipmega.parallel.grid import Axis, ParallelGrid, create_grid
 from skipmega.parallel.layers import token_losses
 from skipmega.parallel.logical import local_shard, logical_shape
 from skipmega.parallel.mpu import DeepSpeedMpu
+from skipmega.parallel.process import ProcessInfo
 
 
 def test_one_process_is_first_last_and_everything_between(grid: ParallelGrid) -> None:
