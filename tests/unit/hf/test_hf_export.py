@@ -133,7 +133,7 @@ def test_loading_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_capacity_limited_evaluation_has_no_hugging_face_form() -> None:
-    limited = {"eval_capacity_factor": 1.25}
+    limited = {"eval_capacity_factor": 1.25, "group_size": 16}
     with pytest.raises(ConfigError, match=r"routing.eval_capacity_factor=1.25 .* set it to null"):
         to_hf_config(make_config(limited))
     to_hf_config(make_config({"router": "always", **limited}))
