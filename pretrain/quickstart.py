@@ -43,7 +43,7 @@ def main() -> None:
     train(*overrides, f"training.stop_after={half}")
     train(*overrides)
     command("tools/export_hf.py", config.run_dir, str(HOME / "hf"))
-    evaluate()
+    evaluate(config.run_dir)
     report(config.run_dir)
     print(f"\nquickstart took {(time.monotonic() - started) / 60:.1f} minutes; open {HOME}/report/report.md")
 
@@ -56,7 +56,7 @@ def make_data() -> None:
     print(f"{corpus}: {written / 1e6:.1f} MB of the Python source on this machine", flush=True)
     model = str(HOME / "tokenizer.model")
     command("tools/train_tokenizer.py", str(corpus), "--output", model, "--vocab-size", "4096")
-    prepare = ["--output", str(HOME / "data"), "--valid-fraction", "0.05", "--workers", str(PROCESSES)]
+    prepare = ["--output", str(HOME / "data"), "--valid-fraction", "0.1", "--workers", str(PROCESSES)]
     command("tools/prepare_data.py", str(corpus), "--tokenizer", model, *prepare)
 
 
@@ -65,14 +65,19 @@ def train(*overrides: str) -> None:
     command(*launcher, "pretrain/pretrain.py", CONFIG, *overrides)
 
 
-def evaluate() -> None:
+def evaluate(run_dir: str) -> None:
     from skipmega.evaluation import write_continuation_task
 
     tasks = write_continuation_task(
-        held_out_documents(), HOME / "tasks", "heldout", num_examples=8, context_chars=300
+        held_out_documents(),
+        HOME / "tasks",
+        "heldout",
+        num_examples=8,
+        context_chars=240,
+        continuation_chars=80,
     )
     where = ["--include-path", str(HOME / "tasks"), "--output", str(HOME / "evaluation.json")]
-    command("tools/evaluate.py", str(HOME / "hf"), "--tasks", ",".join(tasks), *where)
+    command("tools/evaluate.py", run_dir, "--tasks", ",".join(tasks), *where)
 
 
 def report(run_dir: str) -> None:
@@ -85,7 +90,7 @@ def report(run_dir: str) -> None:
         config,
         HOME / "hf",
         HOME / "evaluation.json",
-        held_out_text=text,
+        held_out_text=text[text.find("\ndef ") + 1 :],  # behind the imports
         prompt="class Config:\n    def __init__(self",
         out_dir=HOME / "report",
     )

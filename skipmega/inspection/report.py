@@ -67,7 +67,7 @@ def _use_export(export_dir: str | Path, text: str, prompt: str, depth_png: Path)
     from skipmega.hf.export import load_export
 
     model = load_export(export_dir).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(export_dir))
+    tokenizer = AutoTokenizer.from_pretrained(str(export_dir), trust_remote_code=True)
     length = min(_SHOWN_TOKENS, model.config.max_position_embeddings)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :length]
     with torch.no_grad():
