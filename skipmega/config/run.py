@@ -159,6 +159,11 @@ def check_consistency(config: RunConfig) -> None:
             "whole sequences as groups the capacity would change with the length of a text; set group_size, "
             "or leave eval_capacity_factor out (dropless)"
         )
+    if training.compile and routing.router != "always" and routing.capacity_factor is None:
+        raise ConfigError(
+            "training.compile=true needs fixed shapes, and routing.capacity_factor=null (dropless) has none: "
+            "set routing.capacity_factor (1.25, say), or training.compile=false"
+        )
     if training.stop_after is not None and training.stop_after > training.steps:
         raise ConfigError(
             f"training.stop_after={training.stop_after} lies beyond training.steps={training.steps}: "

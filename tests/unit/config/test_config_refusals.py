@@ -226,8 +226,9 @@ def test_no_vocabulary_at_all_is_refused() -> None:
         ("data.split=[.nan, 1]", "data.split"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
         ("routing.eval_capacity_factor=1.5", "routing.group_size"),
+        ("routing.capacity_factor=null", "training.compile"),
     ],
 )
-def test_numbers_that_are_none_and_lengths_that_would_decide_are_refused(override: str, field: str) -> None:
+def test_numbers_that_are_none_and_shapes_that_are_not_fixed_are_refused(override: str, field: str) -> None:
     with pytest.raises(ConfigError, match=field):
-        load_config(None, [override])
+        load_config(None, ["training.compile=true", override])
