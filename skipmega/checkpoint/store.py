@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.futures import Future
 
 from skipmega.config import RunConfig, dump_config, load_config
 from skipmega.errors import CheckpointError
@@ -127,7 +130,8 @@ class CheckpointStore:
         """Write a checkpoint of step ``state["step"]``; every process of the grid calls it together.
 
         ``tensors`` holds the tensors of this stage; replicas (other data ranks, a tied embedding's second
-        copy) may be left out or passed, they are written once.
+        copy) may be left out or passed, they are written once. What killed saves left behind is removed
+        once this one is complete.
 
         Raises:
             CheckpointError: it could not be written (no space left, say); nothing of it remains under the
@@ -142,7 +146,7 @@ class CheckpointStore:
         try:
             save_distributed(
                 {name: _distributed(tensor, mesh, grid) for name, tensor in mine.items()},
-                checkpoint_id=building / _TENSORS,
+                storage_writer=_TensorWriter(building / _TENSORS),
             )
         except CheckpointException as error:
             free = shutil.disk_usage(self.folder).free
@@ -155,6 +159,18 @@ class CheckpointStore:
         return final
 
     def _complete(self, building: Path, final: Path, config: RunConfig, state: dict[str, Any]) -> None:
+        try:
+            self._write_manifest(building, config, state)
+        except OSError:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        if final.exists():
+            shutil.rmtree(final)
+        building.rename(final)
+        _flush(self.folder)
+        self._prune()
+
+    def _write_manifest(self, building: Path, config: RunConfig, state: dict[str, Any]) -> None:
         (building / _CONFIG).write_text(dump_config(config))
         (building / _STATE).write_text(json.dumps(state, indent=2))
         files = {
@@ -166,18 +182,11 @@ class CheckpointStore:
             _flush(building / name)
         (building / _MANIFEST).write_text(json.dumps({"files": files}, indent=2))
         _flush(building / _MANIFEST)
-        if final.exists():
-            shutil.rmtree(final)
-        building.rename(final)
-        _flush(self.folder)
-        self._prune()
 
     def _prune(self) -> None:
-        complete = [
-            path
-            for path in sorted(self.folder.glob("step-*"))
-            if not path.name.endswith(".tmp") and not _incompleteness(path)
-        ]
+        for left_over in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(left_over)
+        complete = [path for path in sorted(self.folder.glob("step-*")) if not _incompleteness(path)]
         for path in complete[: -self.keep] if self.keep else []:
             shutil.rmtree(path)
 
@@ -185,6 +194,19 @@ class CheckpointStore:
         last = self.latest()
         kept = f"the last good checkpoint is {last.path}" if last else "there is no earlier checkpoint"
         return f"could not save checkpoint {final}: {cause}; {kept}"
+
+
+class _TensorWriter(FileSystemWriter):
+    """torch's writer, but a failed write is the operating system's error and not one of its consequences."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save cannot finish its archive once a write has failed
+            failed_write = error.__context__
+            if isinstance(failed_write, OSError):
+                raise failed_write from None
+            raise
 
 
 def _on_first_process(grid: ParallelGrid, final: Path, work: Callable[[], None]) -> None:
@@ -249,7 +271,7 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, failure = next(iter(error.failures.items()))
         reason = failure[0] if isinstance(failure, tuple) else failure
-        return f"process {rank}: {reason}"
+        return f"process {rank}: {_cause(reason)}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}" + (f" ({error.filename})" if error.filename else "")
     return str(error)

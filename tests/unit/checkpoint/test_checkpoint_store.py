@@ -116,12 +116,16 @@ def test_what_was_never_finished_is_passed_over(grid: ParallelGrid, tmp_path: Pa
         Checkpoint.open(unfinished)
 
 
-def test_a_left_over_temporary_folder_does_not_leak_into_the_next_save(
+def test_what_killed_saves_left_is_removed_by_the_next_and_does_not_leak_into_it(
     grid: ParallelGrid, tmp_path: Path
 ) -> None:
+    killed = tmp_path / "step-00000004.tmp"
+    killed.mkdir()
     left_over = tmp_path / "step-00000005.tmp" / "tensors"
     left_over.mkdir(parents=True)
     (left_over / "__9_0.distcp").write_bytes(b"half a tensor")
+    assert CheckpointStore(tmp_path, keep=0).latest() is None
+    assert names(tmp_path) == ["step-00000004.tmp", "step-00000005.tmp"], "looking removes nothing"
     (path,) = save(grid, tmp_path, 5)
     assert names(tmp_path) == ["step-00000005"]
     assert not (path / "tensors" / "__9_0.distcp").exists()
@@ -218,6 +222,7 @@ for name, large in {"tensors": (100_000, 1), "configuration": (10, 1000)}.items(
     print(save(store, 1, *large, limit=65536))
     print(save(store, 2, 10, 1))
     print(save(store, 3, *large, limit=65536))
+    assert not list(store.folder.glob("*.tmp")), "a failed save frees the space it took"
     print(store.latest().path.name)
     print(save(store, 4, *large))
 """
@@ -238,7 +243,10 @@ def failing_saves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
 
 @pytest.mark.parametrize(
     ("large", "lines", "cause"),
-    [("tensors", slice(0, 5), "process 0: "), ("configuration", slice(5, 10), "File too large")],
+    [
+        ("tensors", slice(0, 5), "process 0: File too large ("),
+        ("configuration", slice(5, 10), "File too large"),
+    ],
 )
 def test_a_failed_write_is_an_error_that_names_the_last_good_checkpoint(
     failing_saves: tuple[Path, list[str]], large: str, lines: slice, cause: str
@@ -252,7 +260,7 @@ def test_a_failed_write_is_an_error_that_names_the_last_good_checkpoint(
     assert later.startswith(f"could not save checkpoint {folder / 'step-00000003'}: {cause}")
     assert later.endswith(f"; the last good checkpoint is {folder / 'step-00000002'}")
     assert last == "step-00000004", "the store goes on once there is space"
-    assert [name for name in names(folder) if not name.endswith(".tmp")] == ["step-00000004"]
+    assert names(folder) == ["step-00000004"]
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_by_name(grid: ParallelGrid, tmp_path: Path) -> None:
