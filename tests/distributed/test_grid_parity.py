@@ -92,10 +92,11 @@ def test_four_processes_equal_one(name, one_process, four_processes):
         check_equal(rank_results[name], one_process[GRIDS_OF_4[name][2]])
 
 
-def test_the_reference_trains(one_process):
+def test_the_reference_is_worth_comparing_with(one_process):
     for variant in VARIANTS:
         result = one_process[variant]
-        assert result["losses"][-1] < result["losses"][0], variant
+        assert len({round(loss, 3) for loss in result["losses"]}) == STEPS, variant
+        assert len({round(norm, 3) for norm in result["norms"]}) == STEPS, variant
         assert all(gradient.norm() > 0 for gradient in result["gradients"].values()), variant
         density, executed = result["executed"][0]
         assert 0 < executed[1] <= density[1] < 1, variant
