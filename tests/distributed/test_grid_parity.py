@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.steps import train_tiny
+from support.steps import plain_step, train_tiny
 from support.worlds import run_world
 
 STEPS = 3
@@ -49,10 +49,15 @@ def train_all(grids):
     }
 
 
+def train_and_write_down():
+    trained = train_all({name: (1, 1, name) for name in VARIANTS})
+    return trained, {name: plain_step(overrides) for name, overrides in VARIANTS.items()}
+
+
 @pytest.fixture(scope="module")
 def one_process():
-    (results,) = run_world(train_all, 1, {name: (1, 1, name) for name in VARIANTS})
-    return {**results, "zero2": results["adamw"]}
+    ((results, plain),) = run_world(train_and_write_down, 1)
+    return {**results, "zero2": results["adamw"], "plain": plain}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,16 @@ def test_two_processes_equal_one(name, one_process, two_processes):
 def test_four_processes_equal_one(name, one_process, four_processes):
     for rank_results in four_processes:
         check_equal(rank_results[name], one_process[GRIDS_OF_4[name][2]])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_process_is_the_objective_written_down(variant, one_process):
+    found, plain = one_process[variant], one_process["plain"][variant]
+    assert found["losses"][0] == pytest.approx(plain["loss"], rel=1e-6)
+    assert found["norms"][0] == pytest.approx(plain["norm"], rel=1e-5)
+    for name, gradient in plain["gradients"].items():
+        error = (found["gradients"][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-5, f"gradient of {name} is off by {error:.1e}"
 
 
 def test_the_reference_is_worth_comparing_with(one_process):

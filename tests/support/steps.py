@@ -9,9 +9,13 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from skipmega.config import RunConfig, build_config, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import TokenBatch
+from skipmega.kernels.attention import document_starts
 from skipmega.launch.environment import discover_process
+from skipmega.models.decoder import DecoderStage
+from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
 from skipmega.parallel.logical import partition_dim
+from skipmega.routing.noise import NoiseKey
 from skipmega.training.engine import StepSums, TrainingEngine
 
 SAMPLES_PER_MICRO_STEP = 4
@@ -102,6 +106,31 @@ def train_tiny(
         "losses": losses, "norms": norms, "gradients": gradients, "weights": weights,
         "executed": executed, "held_out": held_out,
     }  # fmt: skip
+
+
+def plain_step(overrides: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Loss, gradient norm and gradients of the first step of :func:`train_tiny`, without DeepSpeed,
+    megatron-core's schedule or attached losses: the objective written down, and autograd."""
+    config = resolve_grid(resolve_vocabulary(tiny_config(overrides), None), 1)
+    routing = config.routing
+    grid = create_grid(discover_process())
+    stage = DecoderStage(config, grid)
+    batches = tiny_batches(config, grid)
+    objective, losses = torch.zeros(()), []
+    for _ in range(config.micro_batches):
+        batch = next(batches)
+        context = LayerContext(document_starts(batch.document_ids), routing.capacity_factor)
+        output = stage(batch.tokens, context, NoiseKey(config.training.seed, batch.sample_ids))
+        logits = stage.logits(output.hidden).transpose(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+        penalty = sum((record.chosen.mean() - routing.density) ** 2 for record in output.records.values())
+        objective = objective + (loss + routing.density_loss_weight * penalty) / config.micro_batches
+        losses.append(loss.item())
+    parameters = dict(stage.named_parameters())
+    gradients = dict(zip(parameters, torch.autograd.grad(objective, list(parameters.values())), strict=True))
+    release_grid()
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return {"loss": sum(losses) / len(losses), "norm": norm.item(), "gradients": gradients}
 
 
 def gather_logical(engine: TrainingEngine, grid: ParallelGrid, read: Any) -> dict[str, torch.Tensor]:
