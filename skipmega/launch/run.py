@@ -29,7 +29,9 @@ from skipmega.training.state import collect_state, restore_state
 def pretrain(config: RunConfig, process: ProcessInfo) -> None:
     """Train until ``training.steps`` or ``training.stop_after``, resuming if the run folder says so.
 
-    Everything that can be refused is refused before a process group exists or a file is written.
+    What the configuration and the run folder alone show is refused before a process group exists; the
+    run's own files are written once nothing is left to refuse, so that a start that failed leaves no run
+    behind.
 
     Raises:
         SkipmegaError: what the user can mend, the same on every process.
@@ -41,13 +43,12 @@ def pretrain(config: RunConfig, process: ProcessInfo) -> None:
     grid = create_grid(
         process, parallel.tensor_parallel, parallel.pipeline_parallel, parallel.timeout_minutes
     )
-    attempt = folder.start_attempt() if grid.rank == 0 else 0
     data = build_data(config, tokenizer)
     engine = TrainingEngine(config, grid)
     progress = Progress()
     if checkpoint is not None:
         progress = resume(engine, grid, checkpoint)
-    sinks = _announce(engine, progress, checkpoint, attempt) if grid.rank == 0 else []
+    sinks = _start_records(engine, folder, progress, checkpoint) if grid.rank == 0 else []
     held_out = data.valid
     loop = TrainingLoop(
         config,
@@ -86,7 +87,7 @@ def build_data(config: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
         num_train_samples=training.steps * training.global_batch_size,
         num_valid_samples=training.eval_sequences if training.eval_interval else 0,
         seed=training.seed,
-        index_cache=config.data.index_cache or Path(config.run_dir) / "index_cache",
+        index_cache=config.data.index_cache or RunFolder(config).index_cache,
     )
 
 
@@ -119,11 +120,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _announce(
-    engine: TrainingEngine, progress: Progress, checkpoint: Checkpoint | None, attempt: int
+def _start_records(
+    engine: TrainingEngine, folder: RunFolder, progress: Progress, checkpoint: Checkpoint | None
 ) -> list[Sink]:
-    """Open the sinks and say what starts, on the first process."""
+    """Make this a run: its folder's files, its sinks, and a word on what starts; on the first process."""
     config = engine.config
+    attempt = folder.start_attempt()
     parameters, dense = count_parameters(config), training_flops_per_token(config) / 1e9
     origin = checkpoint.path if checkpoint else "the beginning"
     print(f"grid: {engine.grid.describe()}; ZeRO {config.parallel.zero_stage}; attention: {engine.attention}")

@@ -1,4 +1,4 @@
-"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``; one run each."""
+"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``index_cache/``; one run each."""
 
 import json
 from pathlib import Path
@@ -24,6 +24,7 @@ class RunFolder:
         self.config = config
         self.path = Path(config.run_dir)
         self.store = CheckpointStore(self.path / "checkpoints", config.checkpoint.keep)
+        self.index_cache = self.path / "index_cache"
 
     def check(self) -> Checkpoint | None:
         """Find where to continue; writes nothing.
@@ -44,10 +45,10 @@ class RunFolder:
                     "run_dir, or checkpoint.resume=auto to continue it"
                 )
             refuse_changes(load_config(saved), self.config, (*_ARCHITECTURE, *_DATA), f"run_dir={self.path}")
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            found = ", ".join(sorted(entry.name for entry in self.path.iterdir())[:3])
+        elif foreign := self._foreign():
             raise CheckpointError(
-                f"run_dir={self.path} is not empty and holds no run (found {found}): choose another run_dir"
+                f"run_dir={self.path} is not empty and holds no run (found {', '.join(foreign[:3])}): "
+                "choose another run_dir"
             )
         checkpoint = self.store.latest()
         if checkpoint is None and resume not in ("auto", "never"):
@@ -57,17 +58,31 @@ class RunFolder:
         return checkpoint
 
     def start_attempt(self) -> int:
-        """Save the configuration; returns the number of this attempt at the run, from 1."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Save the configuration; returns the number of this attempt at the run, from 1.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
         counter = self.path / "attempts.json"
         attempt = int(json.loads(counter.read_text())["attempts"]) + 1 if counter.is_file() else 1
-        for name, text in (
-            ("attempts.json", json.dumps({"attempts": attempt})),
-            ("config.yaml", dump_config(self.config)),
-        ):
-            with atomic_write(self.path / name) as stream:
-                stream.write(text.encode())
+        try:
+            for name, text in (
+                ("config.yaml", dump_config(self.config)),
+                ("attempts.json", json.dumps({"attempts": attempt})),
+            ):
+                with atomic_write(self.path / name) as stream:
+                    stream.write(text.encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write run_dir={self.path}: {error.strerror}; make it writable or choose another"
+            ) from None
         return attempt
+
+    def _foreign(self) -> list[str]:
+        """Names in a folder without a run; a start that failed may have left its sample indices."""
+        if not self.path.is_dir():
+            return [f"a file called {self.path.name}"] if self.path.exists() else []
+        return sorted(entry.name for entry in self.path.iterdir() if entry != self.index_cache)
 
 
 def refuse_changes(there: RunConfig, here: RunConfig, fields: tuple[str, ...], owner: str) -> None:

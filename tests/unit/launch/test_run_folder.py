@@ -53,6 +53,20 @@ def test_checking_a_new_folder_writes_nothing(tmp_path: Path) -> None:
     assert RunFolder(make_config(tmp_path / "empty")).check() is None
 
 
+def test_sample_indices_of_a_start_that_failed_are_nothing_foreign(tmp_path: Path) -> None:
+    folder = RunFolder(make_config(tmp_path / "run"))
+    folder.index_cache.mkdir(parents=True)
+    assert folder.check() is None
+
+
+def test_a_file_in_the_folder_s_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(CheckpointError, match=r"holds no run \(found a file called run\): choose another"):
+        RunFolder(make_config(tmp_path / "run")).check()
+    with pytest.raises(CheckpointError, match=r"cannot write run_dir=.*run/below: Not a directory; make it"):
+        RunFolder(make_config(tmp_path / "run" / "below")).start_attempt()
+
+
 def test_auto_continues_from_the_newest(run_dir: Path) -> None:
     found = RunFolder(make_config(run_dir)).check()
     assert found == Checkpoint(run_dir / "checkpoints" / "step-00000020")
