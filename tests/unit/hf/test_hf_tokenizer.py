@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import torch
 import zstandard
 from hf_reference import make_config, random_state
 from hypothesis import given, settings
@@ -170,6 +171,22 @@ def test_model_export_carries_the_tokenizer(exported: tuple[Path, Path], tmp_pat
     for name in ("config.json", "generation_config.json"):
         values = json.loads((folder / name).read_text())
         assert (values.get("bos_token_id"), values["eos_token_id"], values["pad_token_id"]) == (None, 2, 3)
+
+
+def test_an_export_continues_text_and_begins_it_after_the_end_of_a_document(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As training does: nothing of an export is conditioned on ``<s>``, which no model has seen."""
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    config = make_config(vocab_size=2048)
+    folder = write_export(tmp_path / "export", config, random_state(config), exported[0])
+    evaluated = harness.HFLM(str(folder), trust_remote_code=True, device="cpu", dtype="float32")
+    assert evaluated.prefix_token_id == 2
+    assert evaluated.tok_encode("import <s>") == both(*exported)[0].encode("import <s>")
+    inputs = evaluated.tokenizer(["import json", "import os.path"], return_tensors="pt", padding=True)
+    continued = evaluated.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(continued[:, : inputs.input_ids.shape[1]], inputs.input_ids)
+    assert continued.shape[1] > inputs.input_ids.shape[1]
 
 
 def test_tokenizer_larger_than_the_model_is_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
