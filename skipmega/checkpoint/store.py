@@ -151,7 +151,7 @@ class CheckpointStore:
         except CheckpointException as error:
             free = shutil.disk_usage(self.folder).free
             cause = (
-                f"{_cause(error)} (this process writes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free)"
+                f"{_cause(error)} (this process writes {needed / 1e6:.1f} MB, {free / 1e6:.0f} MB are free)"
             )
             _on_first_process(grid, final, lambda: shutil.rmtree(building, ignore_errors=True))
             raise CheckpointError(self._failure(final, cause)) from error
