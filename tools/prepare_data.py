@@ -1,18 +1,27 @@
+#!/usr/bin/env python3
 """Tokenize a corpus into a megatron-core data set (.bin, .idx) with a manifest, or verify one."""
 
-import argparse
+from __future__ import annotations
 
-from skipmega.data.indexed import verify_checksums
-from skipmega.data.manifest import Manifest
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
-from skipmega.data.tokenizer import Tokenizer
+import argparse
+from typing import TYPE_CHECKING
+
 from skipmega.launch.cli import run_script
+
+if TYPE_CHECKING:
+    from skipmega.data.manifest import Manifest
 
 
 def main() -> None:
     """Parse the arguments, prepare or verify, and say what came of it."""
     arguments = _parse_arguments()
+
+    # behind the arguments: megatron-core takes seconds to import
+    from skipmega.data.indexed import verify_checksums
+    from skipmega.data.prepare import prepare_dataset
+    from skipmega.data.readers import Corpus
+    from skipmega.data.tokenizer import Tokenizer
+
     if arguments.verify:
         _describe(arguments.output, verify_checksums(arguments.output))
         return

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Train a sentencepiece BPE tokenizer on a corpus."""
 
 import argparse

@@ -12,12 +12,19 @@ USER_ERROR_EXIT = 2
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit 0; a :class:`SkipmegaError` is printed as one message and exits 2."""
+    """Run ``main`` and exit 0; what the user can mend is printed as one message and exits 2.
+
+    That is every :class:`SkipmegaError`, and what the operating system refuses (a full disk, say).
+    """
     quiet_libraries()
     try:
         main()
     except SkipmegaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_EXIT)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT)
     sys.exit(0)
 
@@ -32,6 +39,7 @@ def quiet_libraries() -> None:
         "Transformer Engine and Apex are not installed",
         "Apex is not installed",
         "full scope is deprecated",
+        "torch.distributed is disabled, unavailable or uninitialized",
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

@@ -1,0 +1,38 @@
+"""Scripts end with one sentence for what a user can mend, and with a traceback for what is ours."""
+
+import pytest
+
+from skipmega.errors import DataError
+from skipmega.launch.cli import run_script
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DataError("corpus.jsonl is empty"), "error: corpus.jsonl is empty\n"),
+        (OSError(28, "No space left on device", "run/metrics.jsonl"), "error: No space left on device: run/metrics.jsonl\n"),
+        (OSError("closed"), "error: closed\n"),
+    ],
+)  # fmt: skip
+def test_what_can_be_mended_is_one_sentence(
+    error: Exception, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: fail_with(error))
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == message
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: fail_with(ZeroDivisionError()))
+
+
+def test_success_is_zero() -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: None)
+    assert ended.value.code == 0
