@@ -14,10 +14,11 @@ def fail_with(error: Exception) -> None:
     ("error", "message"),
     [
         (DataError("corpus.jsonl is empty"), "error: corpus.jsonl is empty\n"),
-        (OSError(28, "No space left", "run/metrics.jsonl"), "error: No space left: run/metrics.jsonl\n"),
+        (OSError(28, "No space left", "metrics.jsonl"), "error: No space left: metrics.jsonl\n"),
         (OSError("closed"), "error: closed\n"),
     ],
-)  def test_what_can_be_mended_is_one_sentence(
+)
+def test_what_can_be_mended_is_one_sentence(
     error: Exception, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
