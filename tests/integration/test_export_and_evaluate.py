@@ -1,0 +1,191 @@
+"""One checkpoint is the same model natively on every grid and as an export, in its logits and its scores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from skipmega.checkpoint.store import Checkpoint
+from skipmega.data.tokenizer import Tokenizer
+from skipmega.evaluation import (
+    EvaluationResult,
+    evaluate_export,
+    evaluate_tasks,
+    write_benchmark_tasks,
+    write_continuation_task,
+)
+from skipmega.launch.environment import discover_process
+from support.tiny_run import STEPS, run_command, unseen_documents
+from support.worlds import ROOT, run_world
+
+BENCHMARKS = ROOT.parent / "shared" / "eval_data"
+needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no benchmark files in {BENCHMARKS}")
+TOKENS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
+GRIDS_OF_2 = {"TP2": (2, 1), "PP2": (1, 2)}
+EVALUATED = "TP2"  # whose checkpoint every grid and the export evaluate
+
+WITHOUT_SKIPMEGA = """
+import sys
+sys.modules["skipmega"] = None  # importing it would fail
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+prompt = AutoTokenizer.from_pretrained(folder)("def main(", return_tensors="pt").input_ids
+settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+cached = model.generate(prompt, use_cache=True, **settings)
+plain = model.generate(prompt, use_cache=False, **settings)
+calls = []
+count = lambda model, args, given: calls.append(given["input_ids"].shape[1])
+model.register_forward_pre_hook(count, with_kwargs=True)
+model.generate(prompt, use_cache=True, **settings)
+torch.save({"cached": cached, "plain": plain, "lengths": calls, "prompt": prompt}, out)
+"""  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export_and_evaluate")
+
+
+@pytest.fixture(scope="module")
+def tasks(home: Path) -> list[str]:
+    """Task files in ``home/tasks``: text of the corpus' kind, and benchmarks where there are any."""
+    names = write_continuation_task(
+        unseen_documents(), home / "tasks", "unseen",
+        max_questions=12, num_examples=4, context_chars=80, continuation_chars=30, rolling_chars=300,
+    )  # fmt: skip
+    if BENCHMARKS.is_dir():
+        names += write_benchmark_tasks(BENCHMARKS, home / "tasks", ["boolq", "copa"])
+    return names
+
+
+@pytest.fixture(scope="module")
+def checkpoints(runs_of_1: Path, runs_of_2: Path) -> dict[str, Path]:
+    """By the grid that wrote them."""
+    runs = {"TP1": runs_of_1 / "adamw", "TP2": runs_of_2 / "TP2", "PP2": runs_of_2 / "PP2"}
+    return {grid: run / "checkpoints" / f"step-{STEPS:08d}" for grid, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path, checkpoints: dict[str, Path], tasks: list[str]) -> dict[str, Any]:
+    """What one process made of them; exports are in ``home/exports/GRID``."""
+    variables = {"HF_HOME": str(home / "hf-home-1")}
+    (found,) = run_world(examine_alone, 1, home, checkpoints, tasks, variables=variables)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cut(home: Path, checkpoints: dict[str, Path], tasks: list[str]) -> list[dict[str, Any]]:
+    """What two processes made of one checkpoint, by rank and grid."""
+    variables = {"HF_HOME": str(home / "hf-home-2")}
+    return run_world(examine_cut, 2, home, checkpoints[EVALUATED], tasks, variables=variables)
+
+
+def examine_alone(home: Path, checkpoints: dict[str, Path], tasks: list[str]) -> dict[str, Any]:
+    from skipmega.hf.from_checkpoint import export_checkpoint
+
+    differences = {
+        grid: export_checkpoint(Checkpoint.open(path), home / "exports" / grid, "fp32", tolerance=1e-4)
+        for grid, path in checkpoints.items()
+    }
+    return {
+        "differences": differences,
+        **examine(home, checkpoints[EVALUATED], tasks, 1, 1),
+        "export": scores(evaluate_export(home / "exports" / EVALUATED, tasks, **settings(home))),
+    }
+
+
+def examine_cut(home: Path, checkpoint: Path, tasks: list[str]) -> dict[str, Any]:
+    return {grid: examine(home, checkpoint, tasks, *sizes) for grid, sizes in GRIDS_OF_2.items()}
+
+
+def examine(home: Path, path: Path, tasks: list[str], tensor: int, pipeline: int) -> dict[str, Any]:
+    """Logits and scores of the native model on this world."""
+    from skipmega.inference.native import NativeModel
+    from skipmega.parallel.grid import create_grid, release_grid
+
+    grid = create_grid(discover_process(), tensor, pipeline)
+    checkpoint = Checkpoint.open(path)
+    model = NativeModel.load(checkpoint, grid)
+    tokenizer = Tokenizer.load(str(checkpoint.config.data.tokenizer))
+    result = evaluate_tasks(model, tokenizer, tasks, **settings(home))
+    found = {"logits": model.logits(TOKENS), "native": scores(result)}
+    release_grid()
+    return found
+
+
+def settings(home: Path) -> dict[str, Any]:
+    return {"num_fewshot": 1, "include_paths": [home / "tasks"], "limit": 40}
+
+
+def scores(result: EvaluationResult) -> dict[tuple[str, str], float]:
+    return {(task.name, metric.name): metric.value for task in result.tasks for metric in task.metrics}
+
+
+def test_exports_of_every_grid_have_the_native_logits(alone: dict[str, Any]) -> None:
+    assert alone["differences"].keys() == {"TP1", "TP2", "PP2"}
+    assert all(0 < difference < 1e-4 for difference in alone["differences"].values())
+
+
+@pytest.mark.parametrize("grid", GRIDS_OF_2)
+def test_logits_do_not_depend_on_the_grid(grid: str, alone: dict[str, Any], cut: list[Any]) -> None:
+    expected: Tensor = alone["logits"]
+    assert expected.std() > 0.1
+    for found in cut:
+        torch.testing.assert_close(found[grid]["logits"], expected, rtol=0, atol=1e-5)
+
+
+def test_scores_of_the_export_are_the_native_ones(alone: dict[str, Any]) -> None:
+    check_scores(alone["export"], alone["native"])
+    assert alone["native"]["unseen_bits", "bits_per_byte"] > 1
+
+
+@pytest.mark.parametrize("grid", GRIDS_OF_2)
+def test_scores_do_not_depend_on_the_grid(grid: str, alone: dict[str, Any], cut: list[Any]) -> None:
+    for found in cut:
+        check_scores(found[grid]["native"], alone["native"])
+
+
+@needs_benchmarks
+def test_benchmarks_were_among_the_scores(alone: dict[str, Any]) -> None:
+    found = {task for task, metric in alone["export"] if metric == "acc_norm"}
+    assert found == {"unseen", "local_boolq", "local_copa"}
+
+
+def test_the_export_generates_without_skipmega(home: Path, alone: dict[str, Any]) -> None:
+    program, out = home / "without_skipmega.py", home / "generated.pt"
+    program.write_text(WITHOUT_SKIPMEGA)
+    run_command(program, home / "exports" / "PP2", out, HF_HOME=str(home / "hf-home-3"))
+    found = torch.load(out)
+    assert torch.equal(found["cached"], found["plain"])
+    prompt = found["prompt"].shape[1]
+    assert found["cached"].shape[1] == prompt + 12
+    assert found["lengths"] == [prompt] + [1] * 11, "with a cache, each call gets the new token alone"
+
+
+def test_the_tools_export_and_evaluate(home: Path, runs_of_2: Path, tasks: list[str]) -> None:
+    out, report = home / "by-tool", home / "evaluation.json"
+    printed = run_command("tools/export_hf.py", runs_of_2 / "PP2", out, HF_HOME=str(home / "hf-home-3"))
+    assert f"step-{STEPS:08d} -> {out}, largest logit difference " in printed
+    options = ["--tasks", ",".join(tasks[:2]), "--include-path", home / "tasks", "--output", report]
+    printed = run_command("tools/evaluate.py", out, *options, HF_HOME=str(home / "hf-home-3"))
+    written = json.loads(report.read_text())
+    assert [task["name"] for task in written["tasks"]] == tasks[:2]
+    assert written["settings"]["num_fewshot"] == 1
+    rows = [line.split() for line in printed.splitlines()]
+    table = {(row[0], row[4]): float(row[6]) for row in rows if row and row[0] in tasks}
+    values = {
+        (t["name"], metric["name"]): metric["value"] for t in written["tasks"] for metric in t["metrics"]
+    }
+    assert table == pytest.approx(values, rel=1e-4, abs=1e-4)
+
+
+def check_scores(found: dict[tuple[str, str], float], expected: dict[tuple[str, str], float]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=0, msg=lambda m, k=key: f"{k}: {m}")
