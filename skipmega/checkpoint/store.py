@@ -9,6 +9,7 @@ complete is never read.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,9 @@ class Checkpoint:
             for key, entry in metadata.items()
             if key.startswith("weights/") and isinstance(entry, TensorStorageMetadata)
         }
-        load_distributed(target, checkpoint_id=self.path / _TENSORS, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
+            load_distributed(target, checkpoint_id=self.path / _TENSORS, no_dist=True)
         return {key.removeprefix("weights/"): tensor for key, tensor in target.items()}
 
 
