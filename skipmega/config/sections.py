@@ -84,7 +84,9 @@ class RoutingConfig(Section):
     ``group_size`` (tokens of one sequence that share a capacity; left out: the whole sequence) and
     ``capacity_factor`` give every group ``ceil(capacity_factor * density * group_size)`` slots;
     a ``null`` factor is dropless (``eval_capacity_factor`` is evaluation's). ``density_loss_weight`` is
-    the factor of the squared density penalty, summed over layers.
+    the factor of the squared density penalty, summed over layers. The penalised density is that of one
+    micro-batch over all data-parallel ranks: ``training.micro_batch_size`` times their number is part of
+    the objective, and runs on different grids are equal where that product is.
     """
 
     router: Literal["gumbel", "always"] = "gumbel"
