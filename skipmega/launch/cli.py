@@ -39,7 +39,6 @@ def quiet_libraries() -> None:
         "Transformer Engine and Apex are not installed",
         "Apex is not installed",
         "full scope is deprecated",
-        "torch.distributed is disabled, unavailable or uninitialized",
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
