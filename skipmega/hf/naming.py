@@ -77,19 +77,6 @@ def to_hf_state(native_state: Mapping[str, Tensor], config: RunConfig) -> dict[s
     return _rename(native_state, native_to_hf_names(config), _shapes(config))
 
 
-def to_native_state(hf_state: Mapping[str, Tensor], config: RunConfig) -> dict[str, Tensor]:
-    """The inverse of :func:`to_hf_state`; the head's second entry of a tied model is dropped.
-
-    Raises:
-        CheckpointError: tensors are missing, unknown, or of a shape that ``config`` does not give.
-    """
-    if config.model.tie_embeddings:
-        hf_state = {name: tensor for name, tensor in hf_state.items() if name not in _HEAD_NAME.values()}
-    native_names = {hf: native for native, hf in native_to_hf_names(config).items()}
-    shapes = {native_names[hf]: shape for hf, shape in _shapes(config).items() if hf in native_names}
-    return _rename(hf_state, native_names, shapes)
-
-
 def _shapes(config: RunConfig) -> dict[str, torch.Size]:
     """The shape of every tensor of the Hugging Face model, by its Hugging Face name."""
     with torch.device("meta"):

@@ -92,16 +92,17 @@ def test_a_name_like_none_is_not_guessed() -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("section", "field", "value"),
     [
-        "routing.dense_first=10",
-        "routing.group_size=1024",
-        "training.stop_after=1000",
-        "model.num_key_value_heads=12",
+        ("routing", "dense_first", 10),
+        ("routing", "group_size", 1024),
+        ("training", "stop_after", 1000),
+        ("model", "num_key_value_heads", 12),
     ],
 )
-def test_the_edge_of_each_rule_is_allowed(override: str) -> None:
-    load_config(None, [override])
+def test_the_edge_of_each_rule_is_allowed(section: str, field: str, value: int) -> None:
+    config = load_config(None, [f"{section}.{field}={value}"])
+    assert getattr(getattr(config, section), field) == value
 
 
 def test_a_dense_model_needs_no_layer_to_route() -> None:
