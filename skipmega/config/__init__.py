@@ -1,6 +1,7 @@
 """Typed configuration: sections, the rules across them, YAML files and overrides."""
 
 from skipmega.config.loader import build_config, dump_config, load_config, parse_override
+from skipmega.config.routing import DensityRamp, RoutingConfig
 from skipmega.config.run import RunConfig, check_consistency, resolve_grid, resolve_vocabulary
 from skipmega.config.sections import (
     CheckpointConfig,
@@ -10,7 +11,6 @@ from skipmega.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RoutingConfig,
     ScheduleConfig,
     TrainingConfig,
 )
@@ -19,6 +19,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DataSource",
+    "DensityRamp",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

@@ -2,6 +2,8 @@
 
 from pydantic import Field
 
+from skipmega.config.base import Section
+from skipmega.config.routing import DensityRamp, RoutingConfig
 from skipmega.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -9,9 +11,7 @@ from skipmega.config.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RoutingConfig,
     ScheduleConfig,
-    Section,
     TrainingConfig,
 )
 from skipmega.errors import ConfigError
@@ -41,19 +41,46 @@ class RunConfig(Section):
             )
         return self.model.vocab_size
 
+    @property
+    def routed_layers(self) -> list[int]:
+        """Global numbers (0-based) of the layers that have a router, ascending."""
+        routing = self.routing
+        if routing.router == "always":
+            return []
+        return list(range(routing.dense_first, self.model.num_layers - routing.dense_last, routing.every))
+
     def layer_is_routed(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` (0-based, global) has a router."""
-        routing = self.routing
-        return (
-            routing.router != "always"
-            and routing.dense_first <= layer < self.model.num_layers - routing.dense_last
-        )
+        return layer in self.routed_layers
+
+    @property
+    def densities(self) -> dict[int, float]:
+        """Target density by routed layer; 1 for highway, which runs everybody, and 0 for never."""
+        fixed = {"highway": 1.0, "never": 0.0}.get(self.routing.router)
+        return _spread(self.routing.density if fixed is None else fixed, self.routed_layers)
+
+    @property
+    def eval_densities(self) -> dict[int, float] | None:
+        """Density of evaluation by routed layer; None as trained."""
+        wanted = self.routing.eval_density
+        return None if wanted is None else _spread(wanted, self.routed_layers)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one optimizer step on each data-parallel rank (needs a resolved grid)."""
         replicas = self.parallel.data_parallel or 1
         return self.training.global_batch_size // (self.training.micro_batch_size * replicas)
+
+
+def _spread(density: float | list[float] | DensityRamp, layers: list[int]) -> dict[int, float]:
+    if isinstance(density, DensityRamp):
+        steps = max(len(layers) - 1, 1)
+        values = [density.first + (density.last - density.first) * i / steps for i in range(len(layers))]
+    elif isinstance(density, list):
+        values = density
+    else:
+        values = [density] * len(layers)
+    return dict(zip(layers, values, strict=True))
 
 
 def resolve_vocabulary(config: RunConfig, tokenizer_size: int | None) -> RunConfig:
@@ -118,6 +145,14 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
             f"model.num_layers={model.num_layers} is not divisible by "
             f"parallel.pipeline_parallel={pipeline}: change one of the two"
         )
+    each = model.num_layers // pipeline
+    idle = [i for i in range(pipeline) if not any(layer // each == i for layer in config.routed_layers)]
+    if config.routing.router_learning_rate != 1.0 and config.routed_layers and idle:
+        raise ConfigError(
+            f"routing.router_learning_rate={config.routing.router_learning_rate} needs a routed layer "
+            f"on every pipeline stage, and stage {idle[0]} of {pipeline} has none: set it to 1, or route other "
+            "layers"
+        )
     per_step = training.micro_batch_size * replicas
     if training.global_batch_size % per_step:
         raise ConfigError(
@@ -147,6 +182,17 @@ def check_consistency(config: RunConfig) -> None:
             f"none of model.num_layers={model.num_layers} layers to route: lower them, or set "
             "routing.router=always for a dense model"
         )
+    for name, density in (("density", routing.density), ("eval_density", routing.eval_density)):
+        if isinstance(density, list) and len(density) != len(config.routed_layers):
+            raise ConfigError(
+                f"routing.{name} lists {len(density)} shares, but {len(config.routed_layers)} layers are "
+                f"routed ({config.routed_layers}): give one per routed layer, one number, or a ramp"
+            )
+    if routing.density_warmup_steps > training.steps:
+        raise ConfigError(
+            f"routing.density_warmup_steps={routing.density_warmup_steps} lies beyond training.steps="
+            f"{training.steps}: the target density would never be reached; lower it"
+        )
     group, length = routing.group_size, config.data.sequence_length
     if group is not None and length % group:
         raise ConfigError(
@@ -159,7 +205,7 @@ def check_consistency(config: RunConfig) -> None:
             "whole sequences as groups the capacity would change with the length of a text; set group_size, "
             "or leave eval_capacity_factor out (dropless)"
         )
-    if training.compile and routing.router != "always" and routing.capacity_factor is None:
+    if training.compile and _packs(routing) and routing.capacity_factor is None:
         raise ConfigError(
             "training.compile=true needs fixed shapes, and routing.capacity_factor=null (dropless) has none: "
             "set routing.capacity_factor (1.25, say), or training.compile=false"
@@ -171,6 +217,10 @@ def check_consistency(config: RunConfig) -> None:
         )
     if sum(config.data.split) <= 0 or min(config.data.split) < 0:
         raise ConfigError(f"data.split={config.data.split} must be two weights >= 0 with a positive sum")
+
+
+def _packs(routing: RoutingConfig) -> bool:
+    return routing.router != "always" and not routing.computes_all
 
 
 def _check_zero(parallel: ParallelConfig) -> None:

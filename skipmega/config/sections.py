@@ -6,13 +6,9 @@ Every field states its unit. Validators here check one section by itself; what s
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Base of all config sections: immutable, strict, closed."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from skipmega.config.base import Section
 
 
 class ModelConfig(Section):
@@ -75,31 +71,6 @@ class ModelConfig(Section):
         return self
 
 
-class RoutingConfig(Section):
-    """Which tokens run which layer.
-
-    ``router: gumbel`` is the straight-through Gumbel-Softmax router of SkipLayer (arXiv 2311.15436);
-    ``router: always`` is a dense model from the same code. ``density`` is the target share of tokens
-    that execute a routed layer; the first ``dense_first`` and last ``dense_last`` layers have no router.
-    ``group_size`` (tokens of one sequence that share a capacity; left out: the whole sequence) and
-    ``capacity_factor`` give every group ``ceil(capacity_factor * density * group_size)`` slots;
-    a ``null`` factor is dropless (``eval_capacity_factor`` is evaluation's). ``density_loss_weight`` is
-    the factor of the squared density penalty, summed over layers. The penalised density is that of one
-    micro-batch over all data-parallel ranks: ``training.micro_batch_size`` times their number is part of
-    the objective, and runs on different grids are equal where that product is.
-    """
-
-    router: Literal["gumbel", "always"] = "gumbel"
-    density: float = Field(0.5, gt=0, le=1)
-    dense_first: int = Field(1, ge=0)
-    dense_last: int = Field(1, ge=0)
-    temperature: float = Field(1.0, gt=0)
-    group_size: int | None = Field(None, ge=1)
-    capacity_factor: float | None = Field(1.25, gt=0)
-    eval_capacity_factor: float | None = Field(None, gt=0)
-    density_loss_weight: float = Field(0.1, ge=0)
-
-
 class ParallelConfig(Section):
     """The grid. ``data_parallel`` left out is the world size over (tensor x pipeline)."""
 
@@ -125,8 +96,8 @@ class DataConfig(Section):
     """
 
     tokenizer: str | None = None
-    train: list[DataSource] = []
-    valid: list[DataSource] = []
+    train: list[DataSource] = Field(default_factory=list)
+    valid: list[DataSource] = Field(default_factory=list)
     split: list[float] = Field([99.0, 1.0], min_length=2, max_length=2)
     sequence_length: int = Field(1024, ge=2)
     attend_across_documents: bool = False

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
-from skipmega.config import RunConfig, resolve_grid
+from skipmega.config import RunConfig, build_config, resolve_grid
 from skipmega.models.decoder import DecoderStage
 from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.logical import LogicalTensor, partition_dim
 from skipmega.parallel.pipeline import run_micro_batches
+from skipmega.routing.state import RoutingState
 
 
 class NativeModel:
@@ -22,32 +23,54 @@ class NativeModel:
     gets the whole result. Data-parallel replicas are independent.
     """
 
-    def __init__(self, config: RunConfig, grid: ParallelGrid, stage: DecoderStage) -> None:
+    def __init__(
+        self, config: RunConfig, grid: ParallelGrid, stage: DecoderStage, routing: RoutingState, step: int
+    ) -> None:
         self.config = config
         self.grid = grid
         self.stage = stage.eval()
+        self._routing = routing
+        self._steps_done = step
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, grid: ParallelGrid, precision: str = "fp32") -> "NativeModel":
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        grid: ParallelGrid,
+        precision: str = "fp32",
+        eval_density: float | None = None,
+    ) -> "NativeModel":
         """Read a checkpoint written on any grid.
 
         Args:
             checkpoint: a complete one.
             grid: the present grid; the checkpoint's own does not matter.
             precision: "fp32" or "bf16", of weights and activations.
+            eval_density: share of tokens to execute in each routed layer; None as the checkpoint's
+            configuration
+                says.
 
         Raises:
             ConfigError: the model does not fit the grid.
             CheckpointError: the checkpoint cannot be read.
         """
         config = _on_grid(checkpoint.config, grid, precision)
+        if eval_density is not None:
+            config = build_config(
+                config.model_dump()
+                | {"routing": config.routing.model_dump() | {"eval_density": eval_density}},
+                source=f"eval_density={eval_density}",
+            )
         stage = DecoderStage(config, grid)
+        routing = RoutingState(config, stage.routed_layers, torch.device("cpu"))
         weights = {
             f"weights/{name}": LogicalTensor(parameter.data, partition_dim(parameter))
             for name, parameter in stage.named_parameters()
         }
-        checkpoint.read_into(weights, grid)
-        return cls(config, grid, stage.to(grid.device, stage.dtype))
+        remembered = {f"routing/{name}": LogicalTensor(t, None) for name, t in routing.tensors().items()}
+        checkpoint.read_into(weights | remembered, grid)
+        stage = stage.to(grid.device, stage.dtype)
+        return cls(config, grid, stage, routing.to(grid.device), checkpoint.state["step"])
 
     @property
     def max_length(self) -> int:
@@ -94,8 +117,9 @@ class NativeModel:
         return self.grid.broadcast_from_last_stage(result)[:, :length]
 
     def _step(self, batches: Iterator[Tensor], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
+        tokens = next(batches)
         context = LayerContext(None, self.config.routing.eval_capacity_factor)
-        hidden = stage(next(batches), context).hidden
+        hidden = stage(tokens, context, self._routing.for_evaluation(self._steps_done, *tokens.shape)).hidden
         return (stage.logits(hidden) if self.grid.is_last_stage else hidden), _output
 
 

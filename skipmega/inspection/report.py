@@ -46,7 +46,9 @@ def write_report(
         count_dataset(config.data.valid[0].path, config.vocab_size),
     )
     plot_training(metrics_path, out / "loss.png", entropy)
-    plot_density(metrics_path, out / "density.png", config.routing.density)
+    plot_density(
+        metrics_path, out / "density.png", sum(config.densities.values()) / max(len(config.densities), 1)
+    )
     sample = _use_export(export_dir, held_out_text, prompt, out / "depth.png")
     (out / "sample.txt").write_text(sample)
     summary = {

@@ -9,7 +9,18 @@ from skipmega.config import RunConfig, dump_config, load_config
 from skipmega.data.files import atomic_write
 from skipmega.errors import CheckpointError
 
-_ARCHITECTURE = ("routing.router", "routing.dense_first", "routing.dense_last", "optimizer.name")
+_ARCHITECTURE = (
+    "routing.router",
+    "routing.wrap",
+    "routing.dense_first",
+    "routing.dense_last",
+    "routing.every",
+    "routing.keys_values",
+    "routing.router_input",
+    "routing.router_bias",
+    "routing.stand_in",
+    "optimizer.name",
+)
 _DATA = ("data.tokenizer", "data.train", "data.sequence_length", "training.seed")
 
 

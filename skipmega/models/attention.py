@@ -27,31 +27,37 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        all_tokens: Tensor,
-        queries: Tensor,
+        tokens: Tensor,
         positions: Tensor | None,
+        queries: Tensor | None,
+        query_positions: Tensor | None,
         since: Tensor | None,
         backend: AttentionBackend,
     ) -> Tensor:
         """Attend.
 
         Args:
-            all_tokens: [s, b, hidden], normalised; makes keys and values.
-            queries: [q, b, hidden], normalised; the tokens that execute (or ``all_tokens`` itself).
-            positions: [q, b] int64 positions of the queries, ascending; None when q = s.
+            tokens: [s, b, hidden], normalised; make keys and values.
+            positions: [s, b] int64 of ``tokens`` in their sequences, ascending; None for 0, 1, ...
+            queries: [q, b, hidden], normalised, some of ``tokens``; None for all of them.
+            query_positions: [q, b] int64, which of ``tokens`` the queries are, ascending.
             since: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`.
             backend: the implementation to use.
 
         Returns:
             [q, b, hidden].
         """
-        order = torch.arange(all_tokens.shape[0], device=all_tokens.device).unsqueeze(1)
-        shared = enter_tensor_parallel(all_tokens, self.axis)
-        key = rotate(self._heads(self.key(shared)), order, self.theta)
+        at = positions
+        if at is None:
+            at = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+        shared = enter_tensor_parallel(tokens, self.axis)
+        key = rotate(self._heads(self.key(shared)), at, self.theta)
         value = self._heads(self.value(shared))
-        asked = shared if positions is None else enter_tensor_parallel(queries, self.axis)
-        query = rotate(self._heads(self.query(asked)), order if positions is None else positions, self.theta)
-        attended = packed_attention(query, key, value, positions, since, backend)
+        asked = shared
+        if queries is not None and query_positions is not None:
+            asked, at = enter_tensor_parallel(queries, self.axis), query_positions
+        query = rotate(self._heads(self.query(asked)), at, self.theta)
+        attended = packed_attention(query, key, value, query_positions, since, backend)
         return self.output(attended.flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Parameter names are global (``layers.7.mlp.up.weight`` is layer 7 on any grid); 
 tensor-parallel rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from skipmega.parallel.layers import (
     megatron_config,
     token_losses,
 )
-from skipmega.routing.noise import NoiseKey, logistic
+from skipmega.routing.router import Router, RouterInputs
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,13 @@ class StageOutput:
     hidden: Tensor
     records: dict[int, RoutingRecord]
 
+    def stacked(self, field: str) -> Tensor:
+        """One field of all records as one tensor, [routed layers, ...]."""
+        return torch.stack([getattr(record, field) for record in self.records.values()])
+
     def densities(self) -> Tensor:
         """[routed layers] float32: share of tokens each router chose, with the routers' gradients."""
-        return torch.stack([record.chosen for record in self.records.values()]).mean(dim=(1, 2))
+        return self.stacked("chosen").mean(dim=(1, 2))
 
 
 class StageLayers(NamedTuple):
@@ -79,7 +83,7 @@ class DecoderStage(nn.Module):
         layers = stage_layers(model.num_layers, grid.pipeline.size, grid.pipeline.rank)
         self.layers = nn.ModuleDict(
             {
-                str(number): DecoderLayer(config, config.layer_is_routed(number), self.config, grid.tensor)
+                str(number): DecoderLayer(config, config.densities.get(number), self.config, grid.tensor)
                 for number in range(layers.first, layers.end)
             }
         )
@@ -104,43 +108,57 @@ class DecoderStage(nn.Module):
         ends = self.grid.is_first_stage or self.grid.is_last_stage
         return self.tied and self.grid.pipeline.size > 1 and ends
 
+    @property
+    def routed_layers(self) -> list[int]:
+        """Global numbers of this stage's routed layers."""
+        return [int(name) for name, layer in self.layers.items() if layer.router is not None]
+
+    def router_weights(self) -> dict[int, nn.Parameter]:
+        """What the routers that read tokens read them with, by global layer number."""
+        weights = {}
+        for number in self.routed_layers:
+            router = self.layers[str(number)].router
+            if isinstance(router, Router) and router.weight is not None:
+                weights[number] = router.weight
+        return weights
+
     def compile_layers(self) -> None:
-        """Compile each layer for training, where shapes are fixed; evaluation (dropless) stays eager."""
-        self._compiled = {name: torch.compile(layer) for name, layer in self.layers.items()}
+        """Compile each layer for training, where shapes are fixed; evaluation (dropless) stays eager.
+
+        Every distinct density and warm-up stage is a program of its own. Falling back to eager beyond torch's
+        limit on their number would be silent: it is raised, and made an error (process-wide settings).
+        """
+        torch._dynamo.config.recompile_limit = 1024
+        torch._dynamo.config.accumulated_recompile_limit = 4096
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        self._compiled = {name: torch.compile(layer, dynamic=False) for name, layer in self.layers.items()}
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Receive the previous stage's hidden states; called by the schedule before each forward."""
         self._received = input_tensor[0]
 
-    def forward(self, tokens: Tensor, context: LayerContext, noise: NoiseKey | None = None) -> StageOutput:
+    def forward(
+        self, tokens: Tensor, context: LayerContext, inputs: Mapping[int, RouterInputs]
+    ) -> StageOutput:
         """Run the stage.
 
         Args:
             tokens: [b, s] int64; read by the first stage only.
             context: what all layers share.
-            noise: makes the routers sample (training); None decides greedily.
+            inputs: of each routed layer's router, by global layer number.
         """
         if self.grid.is_first_stage:
             hidden = self.embedding(tokens).transpose(0, 1).contiguous().to(self.dtype)
         else:
             assert self._received is not None
             hidden = self._received
-        drawn = self._draw(noise, tokens.shape[1])
         records = {}
         for name, layer in self.layers.items():
             run = self._compiled.get(name, layer) if self.training else layer
-            hidden, record = run(hidden, drawn.get(name), context)
+            hidden, record = run(hidden, inputs.get(int(name)), context)
             if record is not None:
                 records[int(name)] = record
         return StageOutput(hidden=hidden, records=records)
-
-    def _draw(self, key: NoiseKey | None, length: int) -> dict[str, Tensor]:
-        """The [s, b] noise of each routed layer, all in one go."""
-        routed = [name for name, layer in self.layers.items() if layer.router is not None]
-        if key is None or not routed:
-            return {}
-        numbers = torch.tensor([int(name) for name in routed], device=key.samples.device)
-        return dict(zip(routed, logistic(key, numbers, length).unbind(), strict=True))
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token on the last stage: [s, b, hidden], [b, s] to [s, b] float32, nats."""

@@ -14,9 +14,9 @@ from skipmega.parallel.logical import local_shard, logical_shape
 def initialize(module: nn.Module, config: RunConfig, axis: Axis) -> None:
     """Fill every parameter of a stage in place.
 
-    Norms are one, matrices normal with ``model.init_std``; those that write into the residual stream are
-    scaled by ``1/sqrt(2 * layers)`` (GPT-2). The logical tensor is drawn whole on the CPU and cut for this
-    tensor-parallel rank.
+    Norms are one, biases zero, matrices normal with ``model.init_std``; those that write into the residual
+    stream are scaled by ``1/sqrt(2 * layers)`` (GPT-2). The logical tensor is drawn whole on the CPU and cut
+    for this tensor-parallel rank.
     """
     std = config.model.init_std
     residual_std = std / math.sqrt(2 * config.model.num_layers)
@@ -24,6 +24,9 @@ def initialize(module: nn.Module, config: RunConfig, axis: Axis) -> None:
         with torch.no_grad():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
+                continue
+            if name.endswith(".bias"):
+                parameter.zero_()
                 continue
             scale = residual_std if name.endswith(("output.weight", "down.weight")) else std
             drawn = torch.empty(logical_shape(parameter, axis)).normal_(

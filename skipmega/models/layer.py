@@ -1,13 +1,14 @@
 """One decoder layer, dense or routed.
 
-A routed layer is a mixture of one expert, the layer itself, and a free one, identity: route, plan,
-dispatch (pack the executed tokens), run, combine (write back). Keys and values are made for all tokens,
-so a skipped token stays visible as context.
+A routed layer is a mixture of one expert, the layer itself (or one of its halves), and a free one, identity:
+route, plan, dispatch (pack the executed tokens), run, combine (write back). Keys and values are made for all
+tokens, so a skipped token stays visible as context, unless ``routing.keys_values`` says otherwise.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
@@ -18,8 +19,8 @@ from skipmega.models.attention import Attention
 from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
 from skipmega.parallel.grid import Axis
-from skipmega.routing.plan import group_capacity, make_plan
-from skipmega.routing.router import Decision, GumbelRouter
+from skipmega.routing.plan import PackingPlan, group_capacity, make_plan, slots_before
+from skipmega.routing.router import Decision, Router, RouterInputs
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class LayerContext:
     """What all layers share in one micro-batch.
 
     ``since`` [b, s] int64, first position each token may see, or None for 0; ``capacity_factor`` None is
-    dropless; ``attention`` is the implementation to use.
+    dropless; ``attention`` is the implementation to use; ``warmed`` how far the density has come from 1 (0.0)
+    to its target (1.0).
     """
 
     since: Tensor | None
     capacity_factor: float | None
     attention: AttentionBackend = "sdpa"
+    warmed: float = 1.0
 
 
 class RoutingRecord(NamedTuple):
@@ -40,34 +43,46 @@ class RoutingRecord(NamedTuple):
 
     chosen: Tensor  # [s, b] float32, 1 where the router chose to execute, with the router's gradient
     executed: Tensor  # [s, b] bool, tokens that ran (chosen and not over capacity)
+    score: Tensor  # [s, b] float32, what evaluation compares with the threshold; no gradient
+    auxiliary: Tensor  # [] float32, the router's own losses, weighted
+    entropy: Tensor  # [] float32, mean entropy of the decisions in nats; no gradient
+    slots: int  # rows that were computed, padding included
 
 
 LayerResult = tuple[Tensor, RoutingRecord | None]
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward network, with a router in front if ``routed``.
+    """Pre-norm attention and feed-forward network, with a router if it has a ``density``.
 
     A layer doesn't know its number: all of one kind are one compiled program.
+
+    Args:
+        config: the run's configuration.
+        density: target share of tokens that execute; None for a dense layer.
+        megatron: what megatron-core's layers need to know.
+        axis: the tensor axis.
     """
 
-    def __init__(self, config: RunConfig, routed: bool, megatron: TransformerConfig, axis: Axis) -> None:
+    def __init__(
+        self, config: RunConfig, density: float | None, megatron: TransformerConfig, axis: Axis
+    ) -> None:
         super().__init__()
-        model, routing = config.model, config.routing
+        model = config.model
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.attention = Attention(model, megatron, axis)
         self.mlp_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
         self.mlp = MLP(model, megatron, axis)
-        self.router = GumbelRouter(model.hidden_size, routing.temperature) if routed else None
-        self.density = routing.density
-        self.group_size = routing.group_size
+        self.router = None if density is None else Router(config.routing, model.hidden_size)
+        self.density = 1.0 if density is None else density
+        self.routing = config.routing
 
-    def forward(self, hidden: Tensor, noise: Tensor | None, context: LayerContext) -> LayerResult:
+    def forward(self, hidden: Tensor, inputs: RouterInputs | None, context: LayerContext) -> LayerResult:
         """Run the layer.
 
         Args:
             hidden: [s, b, hidden].
-            noise: [s, b] float32 makes the router sample (training); None decides greedily.
+            inputs: of a routed layer's router.
             context: what all layers share.
 
         Returns:
@@ -75,27 +90,93 @@ class DecoderLayer(nn.Module):
         """
         normed = self.attention_norm(hidden)
         if self.router is None:
-            middle = hidden + self.attention(normed, normed, None, context.since, context.attention)
+            middle = hidden + self.attention(normed, None, None, None, context.since, context.attention)
             return middle + self.mlp(self.mlp_norm(middle)), None
-        decision = self.router(normed, noise)
-        return self._run_executed(hidden, normed, decision, context)
+        assert inputs is not None
+        if self.routing.wrap == "mlp":
+            hidden = hidden + self.attention(normed, None, None, None, context.since, context.attention)
+            normed = self.mlp_norm(hidden)
+        density = 1 - (1 - self.density) * context.warmed
+        decision = self.router(hidden if self.routing.router_input == "raw" else normed, inputs, density)
+        plan = self._plan(decision.execute, density, context)
+        if self.routing.computes_all:
+            out = self._mask(hidden, normed, decision, plan, context)
+        else:
+            out = self._pack(hidden, normed, decision, plan, context)
+        if self.routing.wrap == "attention":
+            out = out + self.mlp(self.mlp_norm(out))
+        rows = decision.execute.numel() if self.routing.computes_all else plan.rows.numel()
+        record = RoutingRecord(
+            chosen=decision.straight_through(),
+            executed=plan.kept,
+            score=decision.score,
+            auxiliary=decision.auxiliary,
+            entropy=decision.entropy(),
+            slots=rows,
+        )
+        return out, record
 
-    def _run_executed(
-        self, hidden: Tensor, normed: Tensor, decision: Decision, context: LayerContext
-    ) -> tuple[Tensor, RoutingRecord]:
-        length, batch, width = hidden.shape
-        group_size = self.group_size or length
+    def _plan(self, execute: Tensor, density: float, context: LayerContext) -> PackingPlan:
+        group_size = self.routing.group_size or execute.shape[0]
         factor = context.capacity_factor
-        capacity = None if factor is None else group_capacity(factor, self.density, group_size)
-        plan = make_plan(decision.execute, group_size, capacity)
+        if self.training and self.routing.router == "topk":
+            factor = 1.0
+        if factor is None:
+            return make_plan(execute, group_size, None)
+        capacity = group_capacity(factor, density, group_size, self.routing.min_capacity)
+        return make_plan(execute, group_size, capacity)
+
+    def _pack(
+        self, hidden: Tensor, normed: Tensor, decision: Decision, plan: PackingPlan, context: LayerContext
+    ) -> Tensor:
+        """Run the executed tokens alone, in packed form."""
 
         def pack(full: Tensor) -> Tensor:
-            return gather_rows(full.flatten(0, 1), plan.rows, plan.slots).view(-1, batch, full.shape[-1])
+            packed = gather_rows(full.flatten(0, 1), plan.rows, plan.slots)
+            return packed.view(-1, full.shape[1], full.shape[-1])
 
-        attended = self.attention(normed, pack(normed), plan.positions, context.since, context.attention)
-        update = attended + self.mlp(self.mlp_norm(pack(hidden) + attended))
+        if self.routing.wrap == "mlp":
+            update = self.mlp(pack(normed))
+        else:
+            attended = self._attend_packed(normed, pack(normed), plan, context)
+            whole = self.routing.wrap == "layer"
+            update = attended + self.mlp(self.mlp_norm(pack(hidden) + attended)) if whole else attended
         probability = pack(decision.probability.unsqueeze(-1))
-        update = update * (1 + probability - probability.detach()).to(update.dtype)
-        out = add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots)
-        record = RoutingRecord(chosen=decision.straight_through(), executed=plan.kept)
-        return out.view(length, batch, width), record
+        weight = self._weight(probability, torch.ones_like(probability))
+        update = update * weight.to(update.dtype)
+        return add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots).view_as(hidden)
+
+    def _attend_packed(
+        self, normed: Tensor, packed: Tensor, plan: PackingPlan, context: LayerContext
+    ) -> Tensor:
+        since, backend = context.since, context.attention
+        if self.routing.keys_values == "all":
+            return self.attention(normed, None, packed, plan.positions, since, backend)
+        if since is not None:
+            # slots are a sequence's executed tokens in order: its documents begin where they do among those
+            first = slots_before(plan.kept).gather(0, since.t())
+            since = first.gather(0, plan.positions).t()
+        return self.attention(packed, plan.positions, None, None, since, backend)
+
+    def _mask(
+        self, hidden: Tensor, normed: Tensor, decision: Decision, plan: PackingPlan, context: LayerContext
+    ) -> Tensor:
+        """Run every token and mask: nothing is saved, but skipped tokens too teach the router."""
+        if self.routing.wrap == "mlp":
+            update = self.mlp(normed)
+        else:
+            update = self.attention(normed, None, None, None, context.since, context.attention)
+            if self.routing.wrap == "layer":
+                update = update + self.mlp(self.mlp_norm(hidden + update))
+        probability = decision.probability
+        weight = self._weight(probability, plan.kept.float())
+        return hidden + update * weight.unsqueeze(-1).to(update.dtype)
+
+    def _weight(self, probability: Tensor, kept: Tensor) -> Tensor:
+        """What updates are multiplied by: 0 where not ``kept`` (0 or 1), else 1 or the score; its gradient
+        with
+        respect to the probability is that of the score everywhere."""
+        kind = self.routing.weight_of_updates
+        value = kept if kind == "straight_through" else kept * probability.detach()
+        weight = value + (probability - probability.detach())
+        return 2 * weight if kind == "twice_score" else weight

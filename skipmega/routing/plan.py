@@ -31,9 +31,14 @@ class PackingPlan:
         return self.slots.view(-1, self.positions.shape[1]) >= 0
 
 
-def group_capacity(factor: float, density: float, group_size: int) -> int:
-    """Slots of a group: ``ceil(factor * density * group_size)``, at most the group, at least one."""
-    return max(1, min(group_size, math.ceil(factor * density * group_size)))
+def group_capacity(factor: float, density: float, group_size: int, minimum: int = 1) -> int:
+    """Slots of a group: ``ceil(factor * density * group_size)``, at least ``minimum``, at most the group."""
+    return min(group_size, max(minimum, math.ceil(factor * density * group_size - 1e-9)))
+
+
+def slots_before(kept: Tensor) -> Tensor:
+    """How many earlier tokens of its sequence have a slot: [s, b] bool to [s, b] int64."""
+    return _running_count(kept.unsqueeze(0)).squeeze(0) - kept.long()
 
 
 def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> PackingPlan:

@@ -61,12 +61,12 @@ class ShardedAdafactor(torch.optim.Optimizer):
     """Adafactor without first moment, with a fixed decay (arXiv 1804.04235, algorithm 4; SkipLayer's
     settings: beta1 = 0, beta2 = 0.99, update-RMS clipping at 1, steps relative to the parameter's RMS).
 
-    Matrices have row and column moments, vectors a full one. Parameters come in two groups, ``matrices``
-    and ``vectors``, given under the key ``kind``; DeepSpeed steps one group at a time, after
+    Matrices have row and column moments, vectors a full one. Each group of parameters has a ``name``
+    and is of one ``kind``, ``matrices`` or ``vectors``; DeepSpeed steps one group at a time, after
     :meth:`place` has told where ZeRO put what.
 
     Args:
-        groups: the two groups.
+        groups: of parameters.
         grid: completes the sums over data ranks (ZeRO pieces) and tensor ranks (shards).
         lr: relative step size; the absolute one is ``lr * max(1e-3, RMS(parameter))``.
         beta2: decay of the second moment, bias-corrected.
@@ -82,12 +82,12 @@ class ShardedAdafactor(torch.optim.Optimizer):
         self._clip = update_clip
 
     def place(self, fragments: dict[str, list[Fragment]]) -> None:
-        """Take the parameters' places by kind of group, and make their moments (zero).
+        """Take the parameters' places by name of group, and make their moments (zero).
 
         Called once, when ZeRO has replaced each group's parameters by one flat piece.
         """
         for group in self.param_groups:
-            group["fragments"] = fragments[group["kind"]]
+            group["fragments"] = fragments[group["name"]]
             (piece,) = group["params"]
             state = self.state[piece]
             state["step"] = torch.zeros(())

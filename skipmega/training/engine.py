@@ -6,7 +6,6 @@ summed, then one reduction, one optimizer step.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -17,54 +16,16 @@ from torch import Tensor
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
 from skipmega.kernels.attention import AttentionBackend, document_starts
-from skipmega.models.decoder import DecoderStage, StageOutput
+from skipmega.models.decoder import DecoderStage
 from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.mpu import DeepSpeedMpu
 from skipmega.parallel.pipeline import attach_loss, run_micro_batches
-from skipmega.routing.density import squared_penalty
+from skipmega.routing.control import DensityController
 from skipmega.routing.noise import NoiseKey
+from skipmega.routing.state import RoutingState, warmed_up
 from skipmega.training.optimizers import build_optimizer, create_moments
-
-
-@dataclass
-class StepSums:
-    """What this process saw in some micro-batches, still on its device and not yet reduced.
-
-    ``loss`` [] float32 sum of nats and ``tokens`` [] float32 their number (last stage; zero elsewhere);
-    ``density`` and ``executed`` [num_layers] float32, sums over micro-batches of the share of tokens that
-    chose and that ran each of this stage's routed layers; ``micro_batches`` their number.
-    """
-
-    loss: Tensor
-    tokens: Tensor
-    density: Tensor
-    executed: Tensor
-    micro_batches: int = 0
-
-    @classmethod
-    def zeros(cls, num_layers: int, device: torch.device) -> "StepSums":
-        """Nothing seen yet."""
-        scalar, layers = torch.zeros((), device=device), torch.zeros(num_layers, device=device)
-        return cls(loss=scalar, tokens=scalar.clone(), density=layers, executed=layers.clone())
-
-    def add_routing(self, output: StageOutput) -> None:
-        """Count one micro-batch's records."""
-        self.micro_batches += 1
-        if output.records:
-            layers = list(output.records)
-            self.density[layers] += output.densities().detach()
-            executed = torch.stack([record.executed for record in output.records.values()])
-            self.executed[layers] += executed.float().mean(dim=(1, 2))
-
-
-@dataclass(frozen=True)
-class Averages:
-    """Global means of :class:`StepSums`: ``loss`` in nats per token, shares by global layer number."""
-
-    loss: float
-    density: list[float]
-    executed: list[float]
+from skipmega.training.sums import Averages, StepSums, average
 
 
 class TrainingEngine:
@@ -85,56 +46,49 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.stage: DecoderStage = self._deepspeed.module
-        create_moments(self.optimizer, self.stage, grid)
+        create_moments(self.optimizer, self.stage, config, grid)
+        self.routing = RoutingState(config, self.stage.routed_layers, grid.device)
+        self._controller = DensityController(self.routing, grid.data.mean)
         if config.training.compile:
             self.stage.compile_layers()
 
-    def train_step(self, batches: Iterator[TokenBatch], learning_rate: float, sums: StepSums) -> Tensor:
-        """One optimizer step over the next micro-batches; adds what it saw to ``sums``.
+    def train_step(
+        self, batches: Iterator[TokenBatch], step: int, learning_rate: float, sums: StepSums
+    ) -> Tensor:
+        """Optimizer step ``step`` (0-based) over the next micro-batches; adds what it saw to ``sums``.
 
         Returns:
             The global gradient norm before clipping, [] float32.
         """
-        self.accumulate_gradients(batches, sums)
-        return self.apply_gradients(learning_rate)
+        self.accumulate_gradients(batches, step, sums)
+        return self.apply_gradients(step, learning_rate)
 
-    def accumulate_gradients(self, batches: Iterator[TokenBatch], sums: StepSums) -> None:
+    def accumulate_gradients(self, batches: Iterator[TokenBatch], step: int, sums: StepSums) -> None:
         """Forward and backward of one step's micro-batches, and the reduction over data ranks."""
         self.stage.train()
         micro_batches = self.config.micro_batches
         with self._deepspeed.coalesce_grad_reduction():
-            self._run(self._training_step(sums, micro_batches), batches, micro_batches, backward=True)
+            self._run(self._training_step(step, sums, micro_batches), batches, micro_batches, backward=True)
             self._sum_tied_embedding_gradients()
+            sums.keep_router_gradients(self.stage.router_weights())
 
-    def apply_gradients(self, learning_rate: float) -> Tensor:
-        """Clip and update; returns the global gradient norm before clipping, [] float32."""
+    def apply_gradients(self, step: int, learning_rate: float) -> Tensor:
+        """Clip, update, move the controllers; returns the global norm before clipping, [] float32."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         self._deepspeed.step()
+        self._controller.end_step(step)
         return torch.as_tensor(self._deepspeed.get_global_grad_norm())
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[TokenBatch], micro_batches: int) -> Averages:
-        """Held-out loss and densities without noise, at ``routing.eval_capacity_factor``."""
-        sums = StepSums.zeros(self.config.model.num_layers, self.grid.device)
+    def evaluate(self, batches: Iterator[TokenBatch], micro_batches: int, step: int) -> Averages:
+        """Held-out loss and densities as after ``step`` steps: no router looks ahead, at
+        ``routing.eval_capacity_factor`` and ``routing.eval_density``."""
+        sums = StepSums.zeros(self.config, self.grid.device)
         self.stage.eval()
-        self._run(self._evaluation_step(sums), batches, micro_batches, backward=False)
+        self._run(self._evaluation_step(step, sums), batches, micro_batches, backward=False)
         self.stage.train()
-        return self.average(sums)
-
-    def average(self, sums: StepSums) -> Averages:
-        """Reduce over the grid; every process calls it together and gets the same."""
-        layers = self.config.model.num_layers
-        packed = torch.cat([sums.loss.view(1), sums.tokens.view(1), sums.density, sums.executed]).clone()
-        packed[2:] /= max(sums.micro_batches, 1) * self.grid.data.size
-        dist.all_reduce(packed, group=self.grid.data.group)
-        dist.all_reduce(packed, group=self.grid.pipeline.group)
-        values = packed.tolist()
-        return Averages(
-            loss=values[0] / max(values[1], 1.0),
-            density=values[2 : 2 + layers],
-            executed=values[2 + layers :],
-        )
+        return average(sums, self.config, self.grid)
 
     def _run(
         self, step: Callable[..., Any], batches: Iterator[TokenBatch], micro_batches: int, backward: bool
@@ -149,35 +103,38 @@ class TrainingEngine:
             backward=backward,
         )
 
-    def _training_step(self, sums: StepSums, micro_batches: int) -> Callable[..., Any]:
+    def _training_step(self, step: int, sums: StepSums, micro_batches: int) -> Callable[..., Any]:
         routing, seed = self.config.routing, self.config.training.seed
+        warmed = warmed_up(self.config, step)
 
-        def step(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
-            context = LayerContext(_since(batch), routing.capacity_factor, self.attention)
-            output = stage(batch.tokens, context, NoiseKey(seed, batch.sample_ids))
+            context = LayerContext(_since(batch), routing.capacity_factor, self.attention, warmed)
+            key = NoiseKey(seed, batch.sample_ids)
+            inputs = self.routing.for_training(step, key, batch.tokens.shape[1])
+            output = stage(batch.tokens, context, inputs)
             hidden = output.hidden
             if output.records:
-                local = output.densities()
-                penalty = squared_penalty(
-                    local, self.grid.data.mean(local), routing.density, routing.density_loss_weight
-                )
-                hidden = attach_loss(hidden, penalty, 1 / micro_batches)
-            sums.add_routing(output)
+                densities = output.densities()
+                loss = self._controller.penalty(densities) + output.stacked("auxiliary").sum()
+                hidden = attach_loss(hidden, loss, 1 / micro_batches)
+                self._controller.observe(densities, output.stacked("score"))
+                sums.add_routing(output.records)
             return self._finish(stage, hidden, batch, sums)
 
-        return step
+        return forward
 
-    def _evaluation_step(self, sums: StepSums) -> Callable[..., Any]:
+    def _evaluation_step(self, step: int, sums: StepSums) -> Callable[..., Any]:
         factor = self.config.routing.eval_capacity_factor
 
-        def step(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
-            output = stage(batch.tokens, LayerContext(_since(batch), factor))
-            sums.add_routing(output)
+            inputs = self.routing.for_evaluation(step, *batch.tokens.shape)
+            output = stage(batch.tokens, LayerContext(_since(batch), factor), inputs)
+            sums.add_routing(output.records)
             return self._finish(stage, output.hidden, batch, sums)
 
-        return step
+        return forward
 
     def _finish(
         self, stage: DecoderStage, hidden: Tensor, batch: TokenBatch, sums: StepSums

@@ -10,10 +10,17 @@ from torch import Tensor
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
 from skipmega.errors import TrainingError
-from skipmega.training.engine import StepSums, TrainingEngine
-from skipmega.training.metrics import StepTimer, peak_memory_gib, routing_numbers, speed_numbers
+from skipmega.training.engine import TrainingEngine
+from skipmega.training.metrics import (
+    RoutingAlarms,
+    StepTimer,
+    peak_memory_gib,
+    routing_numbers,
+    speed_numbers,
+)
 from skipmega.training.schedule import learning_rate
 from skipmega.training.sinks import Sink
+from skipmega.training.sums import StepSums, average
 
 Batches = Iterator[TokenBatch]
 
@@ -58,6 +65,7 @@ class TrainingLoop:
         self.save = save
         self.end = config.training.stop_after or config.training.steps
         self._timer = StepTimer()
+        self._alarms = RoutingAlarms(config)
         self._forget()
 
     def run(self) -> None:
@@ -74,7 +82,7 @@ class TrainingLoop:
     def train_step(self) -> Tensor:
         """One optimizer step; returns its gradient norm, still on the device."""
         rate = learning_rate(self.config, self.progress.step)
-        norm = self.engine.train_step(self.train_batches, rate, self._sums)
+        norm = self.engine.train_step(self.train_batches, self.progress.step, rate, self._sums)
         self._steps += 1
         self.progress.step += 1
         self.progress.consumed_samples += self.config.training.global_batch_size
@@ -87,7 +95,7 @@ class TrainingLoop:
             TrainingError: the loss or the gradient norm is not finite; nothing after the last checkpoint
                 is kept.
         """
-        seen = self.engine.average(self._sums)
+        seen = average(self._sums, self.config, self.engine.grid)
         grad_norm = float(norm)
         if not math.isfinite(seen.loss) or not math.isfinite(grad_norm):
             raise TrainingError(
@@ -95,6 +103,7 @@ class TrainingLoop:
                 "lower optimizer.learning_rate or raise schedule.warmup_steps, and resume from the last "
                 "checkpoint"
             )
+        routing = routing_numbers(self.config, seen)
         speed = speed_numbers(self.config, seen, self._steps, self._timer.read(), self.engine.grid.world_size)
         self._write(
             {
@@ -108,9 +117,12 @@ class TrainingLoop:
                 **speed,
                 "eta_seconds": speed["seconds_per_step"] * (self.end - self.progress.step),
                 "memory_gib": peak_memory_gib(self.engine.grid.device),
-                **routing_numbers(self.config, seen),
+                **routing,
+                "router_gradient": [seen.router_gradient[layer] for layer in self.config.routed_layers],
             }
         )
+        for message in self._alarms.check(seen):
+            self._write({"kind": "alarm", "step": self.progress.step, "message": message})
         self._forget()
 
     def evaluate(self) -> None:
@@ -122,7 +134,7 @@ class TrainingLoop:
         held_out = self.held_out()
 
         def measure() -> None:
-            seen = self.engine.evaluate(held_out, micro_batches)
+            seen = self.engine.evaluate(held_out, micro_batches, self.progress.step)
             routing = routing_numbers(self.config, seen)
             self._write({"kind": "eval", "step": self.progress.step, "loss": seen.loss, **routing})
 
@@ -143,5 +155,5 @@ class TrainingLoop:
             sink.write(record)
 
     def _forget(self) -> None:
-        self._sums = StepSums.zeros(self.config.model.num_layers, self.engine.grid.device)
+        self._sums = StepSums.zeros(self.config, self.engine.grid.device)
         self._steps = 0

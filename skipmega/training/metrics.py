@@ -8,9 +8,10 @@ import torch
 
 from skipmega.config import RunConfig
 from skipmega.models.flops import training_flops_per_token
-from skipmega.training.engine import Averages
+from skipmega.training.sums import Averages
 
 TERA = 1e12
+_DEAD = 0.02  # of the target, or of its distance from 1
 
 
 class StepTimer:
@@ -36,19 +37,57 @@ class StepTimer:
         return seconds
 
 
-def routed_layers(config: RunConfig) -> list[int]:
-    """Global numbers of the layers that have a router."""
-    return [layer for layer in range(config.model.num_layers) if config.layer_is_routed(layer)]
-
-
 def routing_numbers(config: RunConfig, seen: Averages) -> dict[str, list[float] | list[int]]:
-    """Per routed layer: ``density`` (share of tokens chosen) and ``dropped`` (share of those over
-    capacity)."""
-    layers = routed_layers(config)
-    chosen = [seen.density[layer] for layer in layers]
-    ran = [seen.executed[layer] for layer in layers]
-    dropped = [max(0.0, 1 - r / c) if c > 0 else 0.0 for c, r in zip(chosen, ran, strict=True)]
-    return {"routed_layers": layers, "density": chosen, "dropped": dropped}
+    """Lists over the routed layers.
+
+    ``density``: share of tokens chosen; ``dropped``: share of those over capacity; ``padded``: share of the
+    computed rows that were padding (or masked); ``entropy`` of the decisions in nats; ``group_imbalance`` and
+    ``rank_imbalance``: tokens of the fullest group, and of the fullest data rank, over the mean.
+    """
+    layers = config.routed_layers
+
+    def of(values: list[float]) -> list[float]:
+        return [values[layer] for layer in layers]
+
+    def over(parts: list[float], wholes: list[float]) -> list[float]:
+        return [part / whole if whole > 0 else 0.0 for part, whole in zip(parts, wholes, strict=True)]
+
+    ran = of(seen.executed)
+    return {
+        "routed_layers": layers,
+        "density": of(seen.density),
+        "dropped": [
+            max(0.0, c - r) / c if c > 0 else 0.0 for r, c in zip(ran, of(seen.density), strict=True)
+        ],
+        "padded": [max(0.0, 1 - used) for used in over(ran, of(seen.computed))],
+        "entropy": of(seen.entropy),
+        "group_imbalance": over(of(seen.fullest_group), ran),
+        "rank_imbalance": over(of(seen.fullest_rank), ran),
+    }
+
+
+class RoutingAlarms:
+    """Tells, once each time it begins, that a routed layer runs for nobody or for everybody."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._targets = config.densities
+        self._ringing: set[int] = set()
+
+    def check(self, seen: Averages) -> list[str]:
+        """Messages for layers that have just left the range their target allows."""
+        messages = []
+        for layer, target in self._targets.items():
+            share = seen.density[layer]
+            state = {share < target * _DEAD: "dead", share > 1 - (1 - target) * _DEAD: "always on"}.get(True)
+            if state is None or target in (0.0, 1.0):
+                self._ringing.discard(layer)
+            elif layer not in self._ringing:
+                self._ringing.add(layer)
+                messages.append(
+                    f"layer {layer} is {state}: {share:.1%} of the tokens chose it, routing.density is "
+                    f"{target:.1%}; its router no longer decides anything"
+                )
+        return messages
 
 
 def speed_numbers(
@@ -58,9 +97,7 @@ def speed_numbers(
     and dense-equivalent, and the MFU (executed, against ``logging.peak_tflops``) when a peak is stated."""
     tokens = steps * config.training.global_batch_size * config.data.sequence_length
     rate = tokens / seconds
-    routed = set(routed_layers(config))
-    densities = [seen.executed[layer] if layer in routed else 1.0 for layer in range(config.model.num_layers)]
-    executed = rate * training_flops_per_token(config, densities) / TERA / devices
+    executed = rate * training_flops_per_token(config, executed_shares(config, seen)) / TERA / devices
     numbers = {
         "tokens_per_second": rate,
         "executed_tflops": executed,
@@ -70,6 +107,12 @@ def speed_numbers(
     if config.logging.peak_tflops is not None:
         numbers["mfu"] = executed / config.logging.peak_tflops
     return numbers
+
+
+def executed_shares(config: RunConfig, seen: Averages) -> dict[int, float]:
+    """Share of tokens computed by each routed layer; all of them where everything is computed."""
+    everybody = config.routing.computes_all
+    return {layer: 1.0 if everybody else seen.executed[layer] for layer in config.routed_layers}
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -13,15 +13,20 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(stage: nn.Module, config: RunConfig, grid: ParallelGrid) -> torch.optim.Optimizer:
-    """The configured optimizer over ``stage``'s parameters; vectors (norms) are never decayed."""
+    """The configured optimizer over ``stage``'s parameters; vectors (norms, biases) are never decayed.
+
+    Each group has a ``rate``, the factor of the scheduled learning rate.
+    """
     settings = config.optimizer
-    groups: list[dict[str, Any]] = [
+    groups = [
         {
-            "kind": "matrices",
-            "params": [p for p in stage.parameters() if p.dim() > 1],
-            "weight_decay": settings.weight_decay,
-        },
-        {"kind": "vectors", "params": [p for p in stage.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+            "name": name,
+            "kind": "matrices" if name.endswith("matrices") else "vectors",
+            "params": parameters,
+            "weight_decay": settings.weight_decay if name.endswith("matrices") else 0.0,
+            "rate": config.routing.router_learning_rate if name.startswith("router") else 1.0,
+        }
+        for name, parameters in _groups(stage, config).items()
     ]
     if settings.name == "adafactor":
         return ShardedAdafactor(
@@ -36,7 +41,22 @@ def build_optimizer(stage: nn.Module, config: RunConfig, grid: ParallelGrid) -> 
     )
 
 
-def create_moments(zero: Any, stage: nn.Module, grid: ParallelGrid) -> None:
+def _groups(stage: nn.Module, config: RunConfig) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the name of their group.
+
+    Routers have groups of their own only at a rate of their own: DeepSpeed takes gradient norms group by
+    group over all stages, so every stage must have the same ones.
+    """
+    apart = config.routing.router_learning_rate != 1.0
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in stage.named_parameters():
+        owner = "router_" if apart and ".router." in name else ""
+        kind = "matrices" if parameter.dim() > 1 else "vectors"
+        groups.setdefault(owner + kind, []).append(parameter)
+    return groups
+
+
+def create_moments(zero: Any, stage: nn.Module, config: RunConfig, grid: ParallelGrid) -> None:
     """Make all moments (zero) before the first step and tell DeepSpeed of them.
 
     Left to itself DeepSpeed (0.19.8) looks for them after the first *group* has stepped and never finds
@@ -45,17 +65,17 @@ def create_moments(zero: Any, stage: nn.Module, grid: ParallelGrid) -> None:
     Args:
         zero: DeepSpeed's ZeRO optimizer around :func:`build_optimizer`'s.
         stage: the module whose parameters it holds.
+        config: the run's configuration.
         grid: this process's place.
     """
     base = zero.optimizer
     if isinstance(base, ShardedAdafactor):
-        fragments = [(p.dim(), locate(name, p, grid.tensor)) for name, p in stage.named_parameters()]
-        base.place(
-            {
-                "matrices": [fragment for dims, fragment in fragments if dims > 1],
-                "vectors": [fragment for dims, fragment in fragments if dims <= 1],
-            }
-        )
+        names = {parameter: name for name, parameter in stage.named_parameters()}
+        fragments = {
+            group: [locate(names[parameter], parameter, grid.tensor) for parameter in parameters]
+            for group, parameters in _groups(stage, config).items()
+        }
+        base.place(fragments)
     else:
         for piece in zero.single_partition_of_fp32_groups:
             steps = torch.zeros((), device=piece.device if base.defaults["fused"] else "cpu")

@@ -45,7 +45,8 @@ class ConsoleSink:
 
 
 class TensorBoardSink:
-    """Scalars under ``kind/name``; lists over layers under ``kind/name/layer``."""
+    """Scalars under ``kind/name``, densities under ``kind/density/layer``, and of other lists over layers the
+    mean and the extremes, so that the number of keys stays bounded."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -110,9 +111,17 @@ def _scalars(record: Record) -> dict[str, float]:
     for name, value in record.items():
         if isinstance(value, int | float) and name != "step":
             scalars[f"{kind}/{name}"] = value
-        elif isinstance(value, list) and name != "routed_layers":
+        elif name == "density" and isinstance(value, list):
             layers = record.get("routed_layers", range(len(value)))
-            scalars.update({f"{kind}/{name}/{layer}": v for layer, v in zip(layers, value, strict=True)})
+            scalars.update({f"{kind}/density/{layer}": v for layer, v in zip(layers, value, strict=True)})
+        elif isinstance(value, list) and name != "routed_layers" and value:
+            scalars.update(
+                {
+                    f"{kind}/{name}/mean": sum(value) / len(value),
+                    f"{kind}/{name}/min": min(value),
+                    f"{kind}/{name}/max": max(value),
+                }
+            )
     return scalars
 
 
@@ -120,6 +129,8 @@ def _line(record: Record) -> str:
     step = record["step"]
     if record["kind"] == "start":
         return f"step {step}: start of attempt {record['attempt']}"
+    if record["kind"] == "alarm":
+        return f"step {step}: ALARM: {record['message']}"
     density = record.get("density") or [1.0]
     shares = f"density {sum(density) / len(density):.3f} ({min(density):.2f}-{max(density):.2f})"
     if record["kind"] == "eval":

@@ -24,7 +24,7 @@ ReadTensors = Callable[[dict[str, LogicalTensor]], None]
 
 
 def collect_state(engine: TrainingEngine) -> dict[str, LogicalTensor]:
-    """Copies on the CPU, float32, keyed ``weights/NAME`` and ``optimizer/MOMENT/NAME``."""
+    """Copies on the CPU, float32, keyed ``weights/NAME``, ``optimizer/MOMENT/NAME`` and ``routing/NAME``."""
     state: dict[str, LogicalTensor] = {}
     for name, parameter in engine.stage.named_parameters():
         dim = partition_dim(parameter)
@@ -34,6 +34,8 @@ def collect_state(engine: TrainingEngine) -> dict[str, LogicalTensor]:
             state[f"optimizer/{moment}/{name}"] = LogicalTensor(whole, dim)
     for key, tensor in _factored_moments(engine):
         state[key] = LogicalTensor(_to_cpu(tensor.local), tensor.dim)
+    for name, live in engine.routing.tensors().items():
+        state[f"routing/{name}"] = LogicalTensor(_to_cpu(live), None)
     return state
 
 
@@ -60,6 +62,7 @@ def restore_state(engine: TrainingEngine, updates: int, read: ReadTensors) -> No
             )
     for key, tensor in _factored_moments(engine):
         tensor.local.copy_(state[key].local)
+    engine.routing.load({name: state[f"routing/{name}"].local for name in engine.routing.tensors()})
 
 
 def _full_moments(engine: TrainingEngine, parameter: nn.Parameter) -> tuple[str, ...]:

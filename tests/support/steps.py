@@ -16,7 +16,9 @@ from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
 from skipmega.parallel.logical import partition_dim
 from skipmega.routing.noise import NoiseKey
-from skipmega.training.engine import StepSums, TrainingEngine
+from skipmega.routing.state import RoutingState
+from skipmega.training.engine import TrainingEngine
+from skipmega.training.sums import StepSums, average
 
 SAMPLES_PER_MICRO_STEP = 4
 GLOBAL_BATCH = 8
@@ -91,15 +93,15 @@ def train_tiny(
     losses, norms, executed = [], [], []
     gradients: dict[str, torch.Tensor] = {}
     for step in range(steps):
-        sums = StepSums.zeros(config.model.num_layers, grid.device)
-        engine.accumulate_gradients(batches, sums)
+        sums = StepSums.zeros(config, grid.device)
+        engine.accumulate_gradients(batches, step, sums)
         if step == 0:
             gradients = gather_logical(engine, grid, safe_get_full_grad)
-        norms.append(float(engine.apply_gradients(0.01)))
-        seen = engine.average(sums)
+        norms.append(float(engine.apply_gradients(step, 0.01)))
+        seen = average(sums, config, grid)
         losses.append(seen.loss)
         executed.append((seen.density, seen.executed))
-    held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches)
+    held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches, steps)
     weights = gather_logical(engine, grid, safe_get_full_fp32_param)
     release_grid()
     return {
@@ -115,12 +117,14 @@ def plain_step(overrides: dict[str, dict[str, Any]] | None = None) -> dict[str, 
     routing = config.routing
     grid = create_grid(discover_process())
     stage = DecoderStage(config, grid)
+    state = RoutingState(config, stage.routed_layers, grid.device)
     batches = tiny_batches(config, grid)
     objective, losses = torch.zeros(()), []
     for _ in range(config.micro_batches):
         batch = next(batches)
         context = LayerContext(document_starts(batch.document_ids), routing.capacity_factor)
-        output = stage(batch.tokens, context, NoiseKey(config.training.seed, batch.sample_ids))
+        key = NoiseKey(config.training.seed, batch.sample_ids)
+        output = stage(batch.tokens, context, state.for_training(0, key, LENGTH))
         logits = stage.logits(output.hidden).transpose(0, 1)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
         penalty = sum((record.chosen.mean() - routing.density) ** 2 for record in output.records.values())

@@ -1,0 +1,162 @@
+"""What routing remembers between steps, and the thresholds that follow from it.
+
+Per routed layer of a stage: a threshold and a penalty coefficient, moved by the density controllers, and
+running quantiles of the score. From the quantiles follows the threshold at which any wanted share of tokens
+executes: that of the quantile router, and that of ``routing.eval_density`` for every router.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from skipmega.config import RunConfig
+from skipmega.routing.noise import NoiseKey, logistic
+from skipmega.routing.router import RouterInputs
+
+LEVELS = 65
+WARMUP_STAGES = 8
+
+
+class RoutingState:
+    """The state of some routed layers.
+
+    ``threshold`` and ``coefficient`` are [layers], ``quantiles`` is [layers, LEVELS] (at 0, 1/64, ..., 1),
+    all float32 on ``device``.
+
+    Args:
+        config: the run's configuration.
+        layers: global numbers of the routed layers.
+        device: where the tensors live.
+    """
+
+    def __init__(self, config: RunConfig, layers: list[int], device: torch.device) -> None:
+        self.config = config
+        self.layers = layers
+        self.target = torch.tensor([config.densities[layer] for layer in layers], device=device)
+        self.threshold = _initial_threshold(config, self.target)
+        self.coefficient = torch.zeros(len(layers), device=device)
+        self.quantiles = _initial_quantiles(config, len(layers)).to(device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by logical name (``layers.3.threshold``), each of one dimension."""
+        named = {}
+        for i, layer in enumerate(self.layers):
+            named[f"layers.{layer}.threshold"] = self.threshold[i : i + 1]
+            named[f"layers.{layer}.coefficient"] = self.coefficient[i : i + 1]
+            named[f"layers.{layer}.quantiles"] = self.quantiles[i]
+        return named
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors named as :meth:`tensors` names them into the state."""
+        for name, live in self.tensors().items():
+            live.copy_(tensors[name])
+
+    def to(self, device: torch.device) -> "RoutingState":
+        """A copy on another device."""
+        moved = RoutingState(self.config, self.layers, device)
+        moved.load(self.tensors())
+        return moved
+
+    def for_training(self, step: int, key: NoiseKey, length: int) -> dict[int, RouterInputs]:
+        """What the routers are told at optimizer step ``step`` (0-based), by global layer number."""
+        routing = self.config.routing
+        draws = routing.router in ("gumbel", "random", "fixed_input")
+        thresholds = self.threshold
+        if routing.router == "quantile":
+            thresholds = self._quantile(1 - self._warmed_targets(step))
+        elif routing.router == "random":
+            thresholds = -torch.logit(self._warmed_targets(step))
+        return self._inputs(thresholds, step, key if draws else None, length)
+
+    def for_evaluation(self, step: int, batch: int, length: int) -> dict[int, RouterInputs]:
+        """What the routers are told in evaluation after ``step`` steps; the same for every sequence.
+
+        Routers that don't read the token draw noise of layer and position alone.
+        """
+        routing, config = self.config.routing, self.config
+        key = None
+        if routing.draws_in_evaluation:
+            samples = torch.zeros(batch, dtype=torch.int64, device=self.threshold.device)
+            key = NoiseKey(config.training.seed, samples)
+        return self._inputs(self.evaluation_thresholds(), step, key, length)
+
+    def evaluation_thresholds(self) -> Tensor:
+        """[layers] float32: what a score must exceed for the layer to run in evaluation."""
+        routing, wanted = self.config.routing, self.config.eval_densities
+        share = self.target if wanted is None else self.target.new_tensor([wanted[i] for i in self.layers])
+        if routing.router == "random":
+            return -torch.logit(share)
+        if routing.router == "quantile" or (wanted is not None and routing.scores_tokens):
+            return self._quantile(1 - share)
+        if wanted is not None:  # fixed_input: the score is its quantile, the coin's share is wanted
+            return self.quantiles[:, LEVELS // 2] - torch.logit(share)
+        return self.threshold
+
+    def temperature(self, step: int) -> float:
+        """The temperature at optimizer step ``step``: linear over the run to ``final_temperature``."""
+        routing, steps = self.config.routing, self.config.training.steps
+        if routing.final_temperature is None:
+            return routing.temperature
+        done = min(1.0, step / max(steps - 1, 1))
+        return routing.temperature + done * (routing.final_temperature - routing.temperature)
+
+    def _inputs(
+        self, thresholds: Tensor, step: int, key: NoiseKey | None, length: int
+    ) -> dict[int, RouterInputs]:
+        if not self.layers:
+            return {}
+        temperature = thresholds.new_tensor(self.temperature(step))
+        noise: list[Tensor | None] = [None] * len(self.layers)
+        if key is not None:
+            numbers = torch.tensor(self.layers, device=key.samples.device)
+            noise = list(logistic(key, numbers, length).unbind())
+        each = zip(self.layers, thresholds.unbind(), noise, strict=True)
+        return {layer: RouterInputs(threshold, temperature, drawn) for layer, threshold, drawn in each}
+
+    def _warmed_targets(self, step: int) -> Tensor:
+        return 1 - (1 - self.target) * warmed_up(self.config, step)
+
+    def _quantile(self, level: Tensor) -> Tensor:
+        """Each layer's score at ``level`` [layers], between the two nearest known ones."""
+        at = level.clamp(0, 1) * (LEVELS - 1)
+        lower = at.floor().long().clamp(max=LEVELS - 2)
+        below = self.quantiles.gather(1, lower.unsqueeze(1)).squeeze(1)
+        above = self.quantiles.gather(1, lower.unsqueeze(1) + 1).squeeze(1)
+        return below + (above - below) * (at - lower)
+
+
+def warmed_up(config: RunConfig, step: int) -> float:
+    """How far the density has come from 1 (0.0) to its target (1.0), in eighths.
+
+    Each stage is a shape of its own for compiled layers, hence few of them.
+    """
+    warmup = config.routing.density_warmup_steps
+    return 1.0 if step >= warmup else math.floor(WARMUP_STAGES * step / warmup) / WARMUP_STAGES
+
+
+def _initial_threshold(config: RunConfig, target: Tensor) -> Tensor:
+    """Where the routers start at their target density, their weights being as initialised.
+
+    The gumbel router's noise is much wider than its scores and taken for the whole.
+    """
+    routing = config.routing
+    if routing.router in ("gumbel", "fixed_input"):
+        return -torch.logit(target)
+    if routing.router == "sigmoid" and routing.router_input == "normed":
+        return _initial_spread(config) * torch.special.ndtri(1 - target)
+    return torch.zeros_like(target)
+
+
+def _initial_quantiles(config: RunConfig, layers: int) -> Tensor:
+    """[layers, LEVELS]: of scores as initialised, until the first step has been seen."""
+    levels = torch.linspace(0, 1, LEVELS).clamp(1e-3, 1 - 1e-3)
+    spread = _initial_spread(config) if config.routing.scores_tokens else 0.0
+    return (spread * torch.special.ndtri(levels)).expand(layers, -1).clone()
+
+
+def _initial_spread(config: RunConfig) -> float:
+    """Standard deviation of a fresh router's scores of normed tokens."""
+    rows = 2 if config.routing.router == "gumbel" else 1
+    return config.model.init_std * math.sqrt(rows * config.model.hidden_size)

@@ -1,0 +1,117 @@
+"""What a process sees in its micro-batches, and the grid's means of it: no host sync until they are read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from skipmega.config import RunConfig
+from skipmega.models.layer import RoutingRecord
+from skipmega.parallel.grid import ParallelGrid
+
+_MEANS = ("density", "executed", "computed", "entropy")
+
+
+@dataclass
+class StepSums:
+    """Sums over some micro-batches of this process, on its device.
+
+    ``loss`` [] float32 sum of nats and ``tokens`` [] float32 their number (last stage; zero elsewhere). The
+    rest is [num_layers] float32, filled for this stage's routed layers: sums over ``micro_batches`` of the
+    share of tokens that were chosen (``density``), that ran (``executed``), the rows computed for them per
+    token (``computed``, padding included) and the decisions' ``entropy`` in nats; ``fullest`` is the largest
+    share of a group that ran. ``router_gradients`` are the last step's, not yet averaged over data ranks,
+    [rows] by layer.
+    """
+
+    loss: Tensor
+    tokens: Tensor
+    density: Tensor
+    executed: Tensor
+    computed: Tensor
+    entropy: Tensor
+    fullest: Tensor
+    group_size: int | None
+    micro_batches: int = 0
+    router_gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def zeros(cls, config: RunConfig, device: torch.device) -> "StepSums":
+        """Nothing seen yet."""
+
+        def of_layers() -> Tensor:
+            return torch.zeros(config.model.num_layers, device=device)
+
+        return cls(
+            loss=torch.zeros((), device=device),
+            tokens=torch.zeros((), device=device),
+            density=of_layers(),
+            executed=of_layers(),
+            computed=of_layers(),
+            entropy=of_layers(),
+            fullest=of_layers(),
+            group_size=config.routing.group_size,
+        )
+
+    @torch.no_grad()
+    def add_routing(self, records: Mapping[int, RoutingRecord]) -> None:
+        """Count one micro-batch's records, by global layer number."""
+        self.micro_batches += 1
+        if not records:
+            return
+        layers, each = list(records), list(records.values())
+        executed = torch.stack([record.executed for record in each]).float()
+        tokens = executed[0].numel()
+        self.density[layers] += torch.stack([record.chosen for record in each]).mean(dim=(1, 2))
+        self.executed[layers] += executed.mean(dim=(1, 2))
+        self.computed[layers] += executed.new_tensor([record.slots / tokens for record in each])
+        self.entropy[layers] += torch.stack([record.entropy for record in each])
+        of_groups = executed.unflatten(1, (-1, self.group_size or executed.shape[1])).mean(dim=2)
+        self.fullest[layers] = torch.maximum(self.fullest[layers], of_groups.amax(dim=(1, 2)))
+
+    def keep_router_gradients(self, weights: Mapping[int, nn.Parameter]) -> None:
+        """Copy the gradients of this step's routers before the optimizer takes them."""
+        self.router_gradients = {
+            layer: weight.grad.float().flatten()
+            for layer, weight in weights.items()
+            if weight.grad is not None
+        }
+
+
+@dataclass(frozen=True)
+class Averages:
+    """Global means of :class:`StepSums`: ``loss`` in nats per token, the rest by global layer number.
+
+    ``router_gradient`` is the norm of the last step's gradient (before clipping); ``fullest_group`` the
+    largest share of a group that ran, ``fullest_rank`` the largest mean share of a data rank.
+    """
+
+    loss: float
+    density: list[float]
+    executed: list[float]
+    computed: list[float]
+    entropy: list[float]
+    router_gradient: list[float]
+    fullest_group: list[float]
+    fullest_rank: list[float]
+
+
+def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
+    """Reduce over the grid; every process calls it together and gets the same."""
+    layers = config.model.num_layers
+    means = torch.stack([getattr(sums, name) for name in _MEANS]) / max(sums.micro_batches, 1)
+    peaks = torch.stack([sums.fullest, means[_MEANS.index("executed")]])
+    total = torch.cat([sums.loss.view(1), sums.tokens.view(1), (means / grid.data.size).flatten()])
+    norms = torch.zeros(layers, device=total.device)
+    if sums.router_gradients:
+        gradients = grid.data.mean(torch.stack(list(sums.router_gradients.values())))
+        norms[list(sums.router_gradients)] = gradients.norm(dim=1)
+    for axis in (grid.data, grid.pipeline):
+        dist.all_reduce(total, group=axis.group)
+        dist.all_reduce(peaks, group=axis.group, op=dist.ReduceOp.MAX)
+    dist.all_reduce(norms, group=grid.pipeline.group)
+    loss, tokens, *rest = torch.cat([total, norms, peaks.flatten()]).tolist()
+    by_layer = [rest[i : i + layers] for i in range(0, len(rest), layers)]
+    return Averages(loss / max(tokens, 1.0), *by_layer)
