@@ -40,7 +40,8 @@ def make_config(seed: int = 1, **model: Any) -> RunConfig:
         "vocab_size": 256,
         "init_std": 0.1,
     } | model
-    return build_config({"model": values, "training": {"seed": seed}}, source="test")
+    routing = {"router": "topk", "stand_in": "predictor", "router_bias": True}
+    return build_config({"model": values, "routing": routing, "training": {"seed": seed}}, source="test")
 
 
 def weights_of(config: RunConfig, grid: ParallelGrid) -> dict[str, Tensor]:
@@ -100,12 +101,12 @@ def test_building_draws_from_no_shared_generator(grid: ParallelGrid) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_norms_are_one_and_matrices_have_their_spread(grid: ParallelGrid) -> None:
+def test_norms_are_one_biases_zero_and_matrices_have_their_spread(grid: ParallelGrid) -> None:
     """Writers into the residual stream are scaled by 1/sqrt(2 x 4 layers); bounds of five standard errors."""
     weights = weights_of(make_config(activation="swiglu", tie_embeddings=False), grid)
     for name, weight in weights.items():
         if weight.dim() == 1:
-            assert torch.equal(weight, torch.ones_like(weight)), name
+            assert torch.equal(weight, torch.full_like(weight, 0 if name.endswith("bias") else 1)), name
             continue
         std = 0.1 / 8**0.5 if name.split(".")[-2] in ("output", "down") else 0.1
         standard_error = 1 / (2 * weight.numel()) ** 0.5
