@@ -37,9 +37,10 @@ class ProcessMemory:
 
     ``weights`` and ``gradients`` in the run's precision (ZeRO 2 saves none of the latter: a whole step's pile
     up before they are reduced). ``optimizer``: fp32 weights and moments, its share over the data-parallel
-    ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up to twice as
-    much), and ``logits`` with their gradients. ``update``: what reducing gradients and updating weights
-    need, when the activations are gone.
+    ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up to half as
+    much again, and masks), and ``logits`` with their gradients. ``update``: what reducing gradients and
+    updating weights need, when the activations are gone. What libraries and communication allocate is left
+    out.
     """
 
     stage: int
@@ -173,7 +174,6 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     size = _element_size(config)
     adamw = config.optimizer.name == "adamw"
     in_flight = min(parallel.pipeline_parallel - stage, config.micro_batches)
-    tokens = config.training.micro_batch_size * config.data.sequence_length
     is_last = stage == parallel.pipeline_parallel - 1
     layers = stage_layers(config.model.num_layers, parallel.pipeline_parallel, stage)
     activations = sum(_layer_activations(config, layer) for layer in range(layers.first, layers.end))
@@ -185,7 +185,9 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
         gradients=weights * size,
         optimizer=weights * (3 if adamw else 1) * _MASTER / replicas,
         activations=in_flight * activations,
-        logits=tokens * config.vocab_size / parallel.tensor_parallel * _LOGIT_BYTES if is_last else 0.0,
+        logits=_tokens(config) * config.vocab_size / parallel.tensor_parallel * _LOGIT_BYTES
+        if is_last
+        else 0.0,
         update=update,
     )
 
@@ -207,19 +209,28 @@ def _stage_parameters(config: RunConfig, stage: int) -> float:
 def _layer_activations(config: RunConfig, layer: int) -> float:
     """Bytes that one layer keeps of one micro-batch for backward, on one tensor-parallel rank.
 
-    Of all tokens its input, keys and values; of the rows that run queries, attention's output, the inputs of
-    the projections and the inner values of the feed-forward network.
+    What torch's min-cut partitioner keeps: the layer's input, the inputs of all matrix products (the
+    router's in fp32), queries, keys, values, attention's output and the feed-forward network before and
+    after its activation. Masks are not made, small things are left out.
     """
-    model, tensor = config.model, config.parallel.tensor_parallel
+    model, routing, tensor = config.model, config.routing, config.parallel.tensor_parallel
     hidden, ffn = model.hidden_size, model.ffn_size / tensor
     heads = model.num_attention_heads * model.head_size / tensor
     kv_heads = model.kv_heads * model.head_size / tensor
+    routed = config.layer_is_routed(layer)
+    packs_queries = routed and not routing.computes_all and routing.keys_values == "all"
+    packs_queries = packs_queries and routing.wrap != "mlp"
     inner = 3 if model.activation == "swiglu" else 2
-    each = LayerParts(2 * kv_heads, 2 * heads + hidden, hidden + inner * ffn)
+    widths = LayerParts(
+        keys_values=hidden + 2 * kv_heads,
+        queries=3 * heads + packs_queries * hidden,
+        mlp=(1 + routed) * hidden + inner * ffn,
+    )
     rows = part_shares(config, _computed_share(config, layer))
-    tokens = config.training.micro_batch_size * config.data.sequence_length
-    kept = hidden + sum(width * share for width, share in zip(each, rows, strict=True))
-    return tokens * kept * _element_size(config)
+    kept = hidden + sum(width * share for width, share in zip(widths, rows, strict=True))
+    size = _element_size(config)
+    for_router = 4 * hidden if routed and routing.scores_tokens and size < 4 else 0
+    return _tokens(config) * (kept * size + for_router)
 
 
 def _computed_share(config: RunConfig, layer: int) -> float:
@@ -233,6 +244,11 @@ def _computed_share(config: RunConfig, layer: int) -> float:
         return density
     group = routing.group_size or config.data.sequence_length
     return group_capacity(factor, density, group, routing.min_capacity) / group
+
+
+def _tokens(config: RunConfig) -> int:
+    """Tokens of a micro-batch."""
+    return config.training.micro_batch_size * config.data.sequence_length
 
 
 def _element_size(config: RunConfig) -> int:

@@ -49,7 +49,7 @@ class Setup:
                 self.twins[fragment.name] = PlainAdafactor(value.double(), BETA2, CLIP, decay)
             self.pieces[kind], self.fragments[kind] = nn.Parameter(piece), placed
         groups = [
-            {"kind": kind, "params": [piece], "weight_decay": DECAY if kind == "matrices" else 0.0}
+            {"name": kind, "kind": kind, "params": [piece], "weight_decay": DECAY if kind == "matrices" else 0.0}
             for kind, piece in self.pieces.items()
         ]
         grid = SimpleNamespace(data=alone(), tensor=alone())
@@ -141,7 +141,7 @@ def test_a_vector_s_zero_gradient_changes_nothing() -> None:
 @pytest.mark.parametrize("rows", [[0.0] * 4, [1e-8, 1e-8, 0.0, 0.0]])
 def test_rows_without_a_gradient_stay_finite(rows: list[float]) -> None:
     piece, alone = nn.Parameter(torch.ones(12)), Axis(1, 0, None)  # type: ignore[arg-type]
-    groups = [{"kind": "matrices", "params": [piece], "weight_decay": 0.0}]
+    groups = [{"name": "matrices", "kind": "matrices", "params": [piece], "weight_decay": 0.0}]
     grid = SimpleNamespace(data=alone, tensor=alone)
     optimizer = ShardedAdafactor(groups, grid, lr=0.1, beta2=0.99, update_clip=1.0)  # type: ignore[arg-type]
     optimizer.place({"matrices": [Fragment("m", (4, 3), (4, 3), None, 0, 12, 0)]})
