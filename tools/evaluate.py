@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks pi
 import argparse
 from pathlib import Path
 
+from skipmega.errors import ConfigError
 from skipmega.launch.cli import run_script
 
 
@@ -24,6 +25,11 @@ def main() -> None:
         "seed": arguments.seed,
     }
     if (Path(arguments.model) / "config.json").is_file():
+        if arguments.eval_density is not None:
+            raise ConfigError(
+                f"--eval-density={arguments.eval_density} moves the thresholds of a native checkpoint, and "
+                f"{arguments.model} is an export: export again with tools/export_hf.py --eval-density"
+            )
         result = evaluate_export(arguments.model, tasks, **settings)
         is_first = True
     else:
@@ -46,6 +52,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1234, help="of the choice of examples")
     parser.add_argument("--output", help="write the results to this JSON file too")
+    parser.add_argument(
+        "--eval-density",
+        type=float,
+        help="share of tokens that execute in each routed layer of a native model (left out: "
+        "routing.eval_density, or as trained)",
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, help="of a native model's grid")
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="of a native model's grid")
     return parser.parse_args()
@@ -62,7 +74,7 @@ def _evaluate_native(arguments, tasks, settings):
     checkpoint = Checkpoint.open(arguments.model)
     process = discover_process()
     grid = create_grid(process, arguments.tensor_parallel, arguments.pipeline_parallel)
-    model = NativeModel.load(checkpoint, grid)
+    model = NativeModel.load(checkpoint, grid, eval_density=arguments.eval_density)
     tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
     result = evaluate_tasks(model, tokenizer, tasks, **settings)
     end_communication()

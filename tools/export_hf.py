@@ -20,13 +20,21 @@ def main() -> None:
     parser.add_argument("out", help="folder to write; may be an earlier export")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights (fp32)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest logit difference (1e-4)")
+    parser.add_argument(
+        "--eval-density",
+        type=float,
+        help="share of tokens that execute in each routed layer (left out: routing.eval_density, or as "
+        "trained)",
+    )
     arguments = parser.parse_args()
 
     from skipmega.checkpoint.store import Checkpoint
     from skipmega.hf.from_checkpoint import export_checkpoint
 
     checkpoint = Checkpoint.open(arguments.checkpoint)
-    difference = export_checkpoint(checkpoint, arguments.out, arguments.dtype, arguments.tolerance)
+    difference = export_checkpoint(
+        checkpoint, arguments.out, arguments.dtype, arguments.tolerance, arguments.eval_density
+    )
     if difference is None:
         print(f"{checkpoint.path} -> {arguments.out} (bf16 weights: not compared, rounding flips routers)")
     else:

@@ -92,16 +92,23 @@ class Checkpoint:
 
     def read_weights(self) -> dict[str, Tensor]:
         """All weights as full float32 tensors by logical name, in this process alone (no grid needed)."""
+        return self._read_alone("weights/")
+
+    def read_routing(self) -> dict[str, Tensor]:
+        """What routing remembers, as :meth:`skipmega.routing.state.RoutingState.tensors` names it; alone."""
+        return self._read_alone("routing/")
+
+    def _read_alone(self, prefix: str) -> dict[str, Tensor]:
         metadata = FileSystemReader(self.path / _TENSORS).read_metadata().state_dict_metadata
         target = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
             for key, entry in metadata.items()
-            if key.startswith("weights/") and isinstance(entry, TensorStorageMetadata)
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
             load_distributed(target, checkpoint_id=self.path / _TENSORS, no_dist=True)
-        return {key.removeprefix("weights/"): tensor for key, tensor in target.items()}
+        return {key.removeprefix(prefix): tensor for key, tensor in target.items()}
 
 
 class CheckpointStore:

@@ -22,6 +22,7 @@ from skipmega.hf import configuration_skipmega, modeling_skipmega
 from skipmega.hf.configuration_skipmega import SkipmegaConfig
 from skipmega.hf.naming import to_hf_config, to_hf_state
 from skipmega.hf.tokenizer import export_tokenizer
+from skipmega.routing.state import RoutingState
 
 _CODE_FILES = (Path(configuration_skipmega.__file__), Path(modeling_skipmega.__file__))
 _AUTO_MAP = {
@@ -46,6 +47,8 @@ def write_export(
     config: RunConfig,
     state: Mapping[str, Tensor],
     tokenizer_path: str | Path | None,
+    routing: RoutingState,
+    step: int,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
 ) -> Path:
@@ -53,8 +56,11 @@ def write_export(
 
     Args:
         config: the run's configuration, with the vocabulary resolved.
-        state: the model's full tensors by their native names.
+        state: the model's full tensors by their native names; shapes as
+            :class:`skipmega.models.decoder.DecoderStage` has them on a grid of one.
         tokenizer_path: the sentencepiece model; without it the export has no tokenizer.
+        routing: the state of all routed layers, which gives the routers' thresholds.
+        step: optimizer steps done, which give the routers' temperature.
         dtype: of the weights in the export.
         max_shard_size: largest size of one safetensors file, e.g. ``"500MB"``.
 
@@ -68,7 +74,7 @@ def write_export(
     """
     target = Path(os.path.abspath(out_dir))
     _check_target(target)
-    hf_config = to_hf_config(config)
+    hf_config = to_hf_config(config, routing, step)
     hf_config.dtype = dtype
     hf_config.architectures = ["SkipmegaForCausalLM"]
     hf_config.auto_map = dict(_AUTO_MAP)
@@ -209,8 +215,7 @@ tags: [skipmega, skiplayer]
 ---
 # A skipmega language model
 
-- Layers: {hf_config.num_hidden_layers}. In {len(hf_config.routed_layers)} of them a router decides for each
-  token whether it runs the layer or passes unchanged (SkipLayer, arXiv 2311.15436).
+- Layers: {hf_config.num_hidden_layers}. {_routers(hf_config)}
 - Hidden size: {hf_config.hidden_size}.
 - Trained on sequences of {hf_config.max_position_embeddings} tokens.
 
@@ -230,3 +235,12 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 - Key/value caches hold every token in every layer: a token that skips a layer still writes its keys and
   values there.
 """
+
+
+def _routers(hf_config: SkipmegaConfig) -> str:
+    if not hf_config.routed_layers:
+        return "Every token runs all of them."
+    part = {"layer": "layer", "mlp": "layer's feed-forward network", "attention": "layer's attention"}
+    return f"""In {len(hf_config.routed_layers)} of them a router (`{hf_config.router}`) decides for each
+  token whether it runs the {part[hf_config.wrap]} or passes unchanged (SkipLayer, arXiv 2311.15436).
+  Higher `router_thresholds` in `config.json` let fewer tokens in (not for `highway` and `never`)."""

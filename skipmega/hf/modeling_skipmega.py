@@ -1,10 +1,10 @@
 """A decoder whose layers are skipped per token, for transformers >= 5 (SkipLayer, arXiv 2311.15436).
 
-Exports carry this file, so it imports torch, transformers and its configuration only. It runs the
-deterministic model: no router noise, no capacity limit. In a routed layer a token executes if its execute
-logit is greater than its skip logit; otherwise its hidden state passes unchanged. Keys and values are made
-from every token, so each layer's cache has the length of the sequence and later tokens attend to skipped
-ones.
+Exports carry this file, so it imports torch, transformers and its configuration only. It runs the model as
+evaluation does: a router compares a score with its layer's threshold, without noise and without a capacity
+limit; routers that do not read the token draw a coin that depends on layer and position alone. Where a token
+does not execute, its hidden state passes unchanged. Keys and values are made from every token, so each
+layer's cache has the length of the sequence and later tokens attend to skipped ones.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -34,7 +35,8 @@ class SkipmegaModelOutput(ModelOutput):
 
     ``last_hidden_state`` [b, s, h]; ``hidden_states`` (on request): the embeddings, then each layer's output
     [b, s, h], the last one after the final norm; ``executed`` (on request): one bool [b, s] per layer, true
-    where the token ran the layer (padding tokens are routed like any other).
+    where the token ran the layer, or that half of it that may be skipped (padding tokens are routed like any
+    other).
     """
 
     last_hidden_state: Tensor | None = None
@@ -184,20 +186,102 @@ class SkipmegaMLP(nn.Module):
         return self.down_proj(inner)
 
 
-class SkipmegaRouter(nn.Linear):
-    """Decides which tokens execute a layer. Weight row 0 gives the skip logit, row 1 the execute logit."""
+class SkipmegaPredictor(nn.Module):
+    """Predicts from the token alone whether it is among the best of its sequence."""
 
     def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 2, bias=False)
+        super().__init__()
+        width = max(16, hidden_size // 4)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, 1, bias=False)
 
-    def forward(self, normed: Tensor) -> Tensor:
-        """Bool [b, s] from the normed hidden states [b, s, h]; the logits are fp32 whatever the dtype."""
-        skip, execute = F.linear(normed.float(), self.weight.float()).unbind(-1)
-        return execute > skip
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[b, s, h] to fp32 logits [b, s], whatever the dtype."""
+        inner = F.gelu(F.linear(tokens.float(), self.up_proj.weight.float()), approximate="tanh")
+        return F.linear(inner, self.down_proj.weight.float()).squeeze(-1)
+
+
+class SkipmegaRouter(nn.Module):
+    """Decides which tokens execute a layer, and what their updates are multiplied by.
+
+    ``weight`` is [2, h] for ``gumbel`` (rows: the skip logit, the execute logit; the score is their
+    difference), [1, h] for the others that read the token, and None for those that do not; ``bias`` has as
+    many entries as there are logits.
+    """
+
+    def __init__(self, config: SkipmegaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.kind = config.router
+        self.threshold = config.router_thresholds[config.routed_layers.index(layer_idx)]
+        self.temperature = config.router_temperature
+        self.update_weight = config.update_weight
+        self.seed, self.layer_idx = config.router_seed, layer_idx
+        self.draws = self.kind in ("random", "fixed_input")
+        logits, reads = 2 if self.kind == "gumbel" else 1, not self.draws and self.kind != "never"
+        self.weight = nn.Parameter(torch.zeros(logits, config.hidden_size)) if reads else None
+        self.bias = nn.Parameter(torch.zeros(logits)) if config.router_bias else None
+        self.predictor = SkipmegaPredictor(config.hidden_size) if config.router_predictor else None
+
+    def forward(self, tokens: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Decide for each token, in fp32 whatever the dtype.
+
+        Args:
+            tokens: [b, s, h], the normed or raw hidden states.
+            position_ids: [b or 1, s].
+
+        Returns:
+            bool [b, s], and the updates' weights, fp32 [b, s]; None: all are 1.
+        """
+        logits = self._logits(tokens)
+        score = logits[..., -1] - logits[..., 0] if self.kind == "gumbel" else logits[..., 0]
+        margin = (score if self.predictor is None else self.predictor(tokens)) - self.threshold
+        if self.draws:
+            margin = margin + logistic_noise(self.seed, self.layer_idx, position_ids)
+        executed = margin > 0
+        if self.kind in ("highway", "never"):
+            executed = torch.full_like(executed, self.kind == "highway")
+        if self.update_weight == "straight_through":
+            return executed, None
+        soft = self.kind in ("gumbel", "sigmoid")
+        weight = torch.sigmoid(margin / self.temperature if soft else score)
+        return executed, 2 * weight if self.update_weight == "twice_score" else weight
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """[b, s, 1 or 2]."""
+        bias = None if self.bias is None else self.bias.float()
+        if self.weight is not None:
+            return F.linear(tokens.float(), self.weight.float(), bias)
+        constant = tokens.new_zeros((*tokens.shape[:2], 1), dtype=torch.float32)
+        return constant if bias is None else constant + bias
+
+
+def logistic_noise(seed: int, layer: int, position_ids: Tensor) -> Tensor:
+    """Logistic noise as a function of seed, layer and position, so that a cache changes no decision.
+
+    The integers are 32-bit words; in training every sequence has its own noise, evaluation is its sequence 0.
+
+    Args:
+        position_ids: [b or 1, s].
+
+    Returns:
+        fp32 [b or 1, s].
+    """
+    stream = _mix(_mix(_mix(seed * 0x9E3779B1 + layer * 0x85EBCA77)))
+    bits = _mix(_mix(position_ids.long() ^ stream) + stream)
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
+    return uniform.log() - torch.log1p(-uniform)
+
+
+def _mix(x: Any) -> Any:
+    """A 32-bit finaliser (Wellons' lowbias32) on an integer or an int64 tensor."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 class SkipmegaDecoderLayer(nn.Module):
-    """A pre-norm decoder layer; with a router, it runs only for the tokens that the router lets in."""
+    """A pre-norm decoder layer; with a router, it or one half of it runs only for the tokens let in."""
 
     def __init__(self, config: SkipmegaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -205,30 +289,53 @@ class SkipmegaDecoderLayer(nn.Module):
         self.mlp = SkipmegaMLP(config)
         self.input_layernorm = SkipmegaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = SkipmegaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.router = SkipmegaRouter(config.hidden_size) if layer_idx in config.routed_layers else None
+        self.router = SkipmegaRouter(config, layer_idx) if layer_idx in config.routed_layers else None
+        self.wrap, self.router_input = config.wrap, config.router_input
 
     def forward(
-        self, hidden: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None, **kwargs: Any
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The new hidden states [b, s, h], and where they are new: bool [b, s]."""
+        """The new hidden states [b, s, h], and who executed what may be skipped: bool [b, s]."""
         normed = self.input_layernorm(hidden)
         key, value = self.self_attn.keys_and_values(normed, rotary, cache)
-        if self.router is None:
-            context = self.self_attn(normed, key, value, rotary, mask, **kwargs)
-            return self._update(hidden, context), hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        executed = self.router(normed)
-        rows = executed.flatten().nonzero().squeeze(-1)
-        if rows.numel() == 0:
-            return hidden, executed
-        context = self.self_attn(normed, key, value, rotary, mask, **kwargs)
-        flat = hidden.flatten(0, 1)
-        updated = self._update(flat[rows], context.flatten(0, 1)[rows])
-        return flat.index_copy(0, rows, updated).view_as(hidden), executed
 
-    def _update(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Attention output and feed-forward: [..., h] and [..., query heads * d] to [..., h]."""
-        hidden = hidden + self.self_attn.o_proj(context)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        def attend() -> Tensor:
+            return self.self_attn(normed, key, value, rotary, mask, **kwargs)
+
+        if self.router is None:
+            hidden = hidden + self.self_attn.o_proj(attend())
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+            return hidden, hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        if self.wrap == "mlp":
+            hidden = hidden + self.self_attn.o_proj(attend())
+            normed = self.post_attention_layernorm(hidden)
+        executed, weight = self.router(hidden if self.router_input == "raw" else normed, position_ids)
+        rows = executed.flatten().nonzero().squeeze(-1)
+        if rows.numel() > 0:
+            flat = hidden.flatten(0, 1)
+            packed = flat[rows]
+            update = self._update(packed, lambda: attend().flatten(0, 1)[rows])
+            if weight is not None:
+                update = update * weight.flatten()[rows, None].to(update.dtype)
+            hidden = flat.index_copy(0, rows, packed + update).view_as(hidden)
+        if self.wrap == "attention":
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden, executed
+
+    def _update(self, packed: Tensor, attend: Callable[[], Tensor]) -> Tensor:
+        """What is added to ``packed`` [n, h]; ``attend`` gives what its tokens read, [n, query heads * d]."""
+        if self.wrap == "mlp":
+            return self.mlp(self.post_attention_layernorm(packed))
+        attended = self.self_attn.o_proj(attend())
+        if self.wrap == "attention":
+            return attended
+        return attended + self.mlp(self.post_attention_layernorm(packed + attended))
 
 
 class SkipmegaPreTrainedModel(PreTrainedModel):
@@ -241,6 +348,13 @@ class SkipmegaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SkipmegaRouter) and module.weight is not None:
+            init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, SkipmegaRouter) and module.bias is not None:
+            init.zeros_(module.bias)
 
 
 class SkipmegaModel(SkipmegaPreTrainedModel):
@@ -303,7 +417,9 @@ class SkipmegaModel(SkipmegaPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 states.append(hidden)
-            hidden, executed = layer(hidden, rotary=rotary, mask=mask, cache=past_key_values, **kwargs)
+            hidden, executed = layer(
+                hidden, position_ids=position_ids, rotary=rotary, mask=mask, cache=past_key_values, **kwargs
+            )
             executions.append(executed)
         hidden = self.norm(hidden)
         return SkipmegaModelOutput(
@@ -344,7 +460,7 @@ class SkipmegaForCausalLM(SkipmegaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: token ids [b, s], shifted inside, -100 where no loss is wanted. Routing is hard: gradients
-                reach every parameter but the routers'.
+                reach the routers through the weights of the updates only, if those are scores.
             logits_to_keep: compute only the last so many positions (0: all), or those of an index [kept].
 
         The other arguments are those of :meth:`SkipmegaModel.forward`.

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from skipmega.config import RunConfig
+from skipmega.config import RoutingConfig, RunConfig
 from skipmega.errors import CheckpointError, ConfigError
 from skipmega.hf.configuration_skipmega import SkipmegaConfig
 from skipmega.hf.modeling_skipmega import SkipmegaForCausalLM
+from skipmega.routing.router import Router
+from skipmega.routing.state import RoutingState
 
 _LAYER_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -21,24 +23,32 @@ _LAYER_NAMES = {
     "mlp.down.weight": "mlp.down_proj.weight",
 }
 _GATE_NAME = {"mlp.gate.weight": "mlp.gate_proj.weight"}
-_ROUTER_NAME = {"router.weight": "router.weight"}
+_ROUTER_NAMES = {
+    "router.weight": "router.weight",
+    "router.bias": "router.bias",
+    "router.predictor.up": "router.predictor.up_proj.weight",
+    "router.predictor.down": "router.predictor.down_proj.weight",
+}
 _MODEL_NAMES = {"embedding.weight": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
 _HEAD_NAME = {"head.weight": "lm_head.weight"}
 
 
-def to_hf_config(config: RunConfig) -> SkipmegaConfig:
+def to_hf_config(config: RunConfig, routing: RoutingState | None = None, step: int = 0) -> SkipmegaConfig:
     """The Hugging Face configuration of a run's model (special token ids are the tokenizer's to add).
+
+    Args:
+        config: the run's configuration, with the vocabulary resolved.
+        routing: the state of all routed layers, which gives the thresholds; left out, an untrained one.
+        step: optimizer steps done, which give the temperature.
 
     Raises:
         ConfigError: the model has no Hugging Face form.
     """
-    model, routing = config.model, config.routing
-    routed_layers = [layer for layer in range(model.num_layers) if config.layer_is_routed(layer)]
-    if routed_layers and routing.eval_capacity_factor is not None:
-        raise ConfigError(
-            f"routing.eval_capacity_factor={routing.eval_capacity_factor} drops tokens in evaluation, "
-            "which the Hugging Face model cannot: set it to null (dropless), for evaluation and export alike"
-        )
+    model, given = config.model, config.routing
+    if config.routed_layers:
+        _refuse_what_cannot_be_exported(given)
+    routing = routing or RoutingState(config, config.routed_layers, torch.device("cpu"))
+    assert routing.layers == config.routed_layers
     return SkipmegaConfig(
         vocab_size=config.vocab_size,
         hidden_size=model.hidden_size,
@@ -49,7 +59,16 @@ def to_hf_config(config: RunConfig) -> SkipmegaConfig:
         head_dim=model.head_size,
         hidden_act="silu" if model.activation == "swiglu" else "gelu_pytorch_tanh",
         gated_mlp=model.activation == "swiglu",
-        routed_layers=routed_layers,
+        routed_layers=config.routed_layers,
+        router=given.router,
+        router_thresholds=routing.evaluation_thresholds().tolist(),
+        router_bias=given.router_bias or given.router == "fixed_input",
+        router_predictor=given.router == "topk" and given.stand_in == "predictor",
+        router_input=given.router_input,
+        router_temperature=routing.temperature(step),
+        router_seed=config.training.seed,
+        wrap=given.wrap,
+        update_weight=given.weight_of_updates,
         max_position_embeddings=config.data.sequence_length,
         rms_norm_eps=model.norm_epsilon,
         rope_theta=model.rope_theta,
@@ -58,12 +77,29 @@ def to_hf_config(config: RunConfig) -> SkipmegaConfig:
     )
 
 
+def _refuse_what_cannot_be_exported(routing: RoutingConfig) -> None:
+    if routing.eval_capacity_factor is not None:
+        raise ConfigError(
+            f"routing.eval_capacity_factor={routing.eval_capacity_factor} drops tokens in evaluation, "
+            "which the Hugging Face model cannot: set it to null (dropless), for evaluation and export alike"
+        )
+    if routing.keys_values == "executed":
+        raise ConfigError(
+            "routing.keys_values=executed makes no keys and values of skipped tokens, and the Hugging Face "
+            "model's cache holds those of every token: evaluate the checkpoint natively (tools/evaluate.py), "
+            "or train with keys_values=all"
+        )
+
+
 def native_to_hf_names(config: RunConfig) -> dict[str, str]:
     """For every tensor of a run's model, its native name to its name in the Hugging Face model."""
     layer_names = _LAYER_NAMES | (_GATE_NAME if config.model.activation == "swiglu" else {})
+    with torch.device("meta"):
+        of_router = {f"router.{name}" for name, _ in Router(config.routing, 1).named_parameters()}
+    router_names = {native: hf for native, hf in _ROUTER_NAMES.items() if native in of_router}
     names = dict(_MODEL_NAMES)
     for layer in range(config.model.num_layers):
-        here = layer_names | (_ROUTER_NAME if config.layer_is_routed(layer) else {})
+        here = layer_names | (router_names if config.layer_is_routed(layer) else {})
         names |= {f"layers.{layer}.{native}": f"model.layers.{layer}.{hf}" for native, hf in here.items()}
     return names if config.model.tie_embeddings else names | _HEAD_NAME
 
@@ -79,8 +115,9 @@ def to_hf_state(native_state: Mapping[str, Tensor], config: RunConfig) -> dict[s
 
 def _shapes(config: RunConfig) -> dict[str, torch.Size]:
     """The shape of every tensor of the Hugging Face model, by its Hugging Face name."""
+    hf_config = to_hf_config(config)
     with torch.device("meta"):
-        model = SkipmegaForCausalLM(to_hf_config(config))
+        model = SkipmegaForCausalLM(hf_config)
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 

@@ -47,20 +47,13 @@ class NativeModel:
             grid: the present grid; the checkpoint's own does not matter.
             precision: "fp32" or "bf16", of weights and activations.
             eval_density: share of tokens to execute in each routed layer; None as the checkpoint's
-            configuration
-                says.
+                configuration says.
 
         Raises:
-            ConfigError: the model does not fit the grid.
+            ConfigError: the model does not fit the grid, or ``eval_density`` has no meaning for it.
             CheckpointError: the checkpoint cannot be read.
         """
-        config = _on_grid(checkpoint.config, grid, precision)
-        if eval_density is not None:
-            config = build_config(
-                config.model_dump()
-                | {"routing": config.routing.model_dump() | {"eval_density": eval_density}},
-                source=f"eval_density={eval_density}",
-            )
+        config = _on_grid(with_eval_density(checkpoint.config, eval_density), grid, precision)
         stage = DecoderStage(config, grid)
         routing = RoutingState(config, stage.routed_layers, torch.device("cpu"))
         weights = {
@@ -121,6 +114,18 @@ class NativeModel:
         context = LayerContext(None, self.config.routing.eval_capacity_factor)
         hidden = stage(tokens, context, self._routing.for_evaluation(self._steps_done, *tokens.shape)).hidden
         return (stage.logits(hidden) if self.grid.is_last_stage else hidden), _output
+
+
+def with_eval_density(config: RunConfig, eval_density: float | None) -> RunConfig:
+    """``config`` with another ``routing.eval_density``; None leaves it as it is.
+
+    Raises:
+        ConfigError: it is no density, or has no meaning for the router.
+    """
+    if eval_density is None:
+        return config
+    routing = config.routing.model_dump() | {"eval_density": eval_density}
+    return build_config(config.model_dump() | {"routing": routing}, source=f"eval_density={eval_density}")
 
 
 def _output(output: Tensor, non_loss_data: bool) -> Tensor:

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from skipmega.config import RunConfig, build_config
-from skipmega.hf import native_to_hf_names, to_hf_config, to_hf_state
+from skipmega.hf import native_to_hf_names, to_hf_config, to_hf_state, write_export
 from skipmega.hf.modeling_skipmega import SkipmegaForCausalLM
+from skipmega.routing.state import RoutingState
 
 MODEL = {
     "num_layers": 5,
@@ -34,21 +36,34 @@ def random_state(config: RunConfig, seed: int = 0) -> dict[str, Tensor]:
     for native, hf in native_to_hf_names(config).items():
         shape = shapes[hf].shape
         values = torch.randn(shape, generator=generator)
-        state[native] = 1 + 0.3 * values if len(shape) == 1 else 1.5 * values / math.sqrt(shape[-1])
+        matrix = len(shape) == 2 or native.endswith("bias")
+        state[native] = 1.5 * values / math.sqrt(shape[-1]) if matrix else 1 + 0.3 * values
     return state
 
 
 def build_model(
-    config: RunConfig, state: Mapping[str, Tensor], attention: str = "sdpa"
+    config: RunConfig,
+    state: Mapping[str, Tensor],
+    attention: str = "sdpa",
+    routing: RoutingState | None = None,
+    step: int = 0,
 ) -> SkipmegaForCausalLM:
     """The Hugging Face model with the given native tensors, in evaluation mode."""
-    hf_config = to_hf_config(config)
+    hf_config = to_hf_config(config, routing, step)
     hf_config._attn_implementation = attention
     model = SkipmegaForCausalLM(hf_config)
     result = model.load_state_dict(to_hf_state(state, config), strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= {"lm_head.weight"}
     return model.eval()
+
+
+def export(
+    out: Path, config: RunConfig, state: Mapping[str, Tensor], tokenizer: str | Path | None = None, **how: Any
+) -> Path:
+    """An export of the given native tensors, routers as in an untrained model."""
+    routing = RoutingState(config, config.routed_layers, torch.device("cpu"))
+    return write_export(out, config, state, tokenizer, routing, 0, **how)
 
 
 def reference(config: RunConfig, state: Mapping[str, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_reference import build_model, make_config, random_state, reference
+from hf_reference import build_model, export, make_config, random_state, reference
 from torch import Tensor
 from transformers import AutoModel
 
@@ -19,7 +19,6 @@ from skipmega.hf import (
     to_hf_config,
     to_hf_state,
     verify_export,
-    write_export,
 )
 
 CONFIG = make_config(activation="swiglu", num_key_value_heads=2, rope_theta=500.0)
@@ -46,7 +45,7 @@ def native_logits(config: object = CONFIG) -> Tensor:
 
 
 def test_export_loads_where_skipmega_is_not_installed(tmp_path: Path) -> None:
-    folder = write_export(tmp_path / "export", CONFIG, random_state(CONFIG), None, max_shard_size="20KB")
+    folder = export(tmp_path / "export", CONFIG, random_state(CONFIG), max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     torch.save(TOKENS, tmp_path / "tokens.pt")
     subprocess.run(
@@ -63,7 +62,7 @@ def test_export_loads_where_skipmega_is_not_installed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
 def test_verification_passes_on_the_native_logits(tmp_path: Path, config: object) -> None:
-    folder = write_export(tmp_path / "new" / "export", config, random_state(config), None)
+    folder = export(tmp_path / "new" / "export", config, random_state(config))
     assert verify_export(folder, native_logits(config), TOKENS) < 2e-5
     model = load_export(folder)
     assert not model.training
@@ -75,7 +74,7 @@ def test_verification_passes_on_the_native_logits(tmp_path: Path, config: object
 
 
 def test_verification_refuses_another_model(tmp_path: Path) -> None:
-    folder = write_export(tmp_path / "export", CONFIG, random_state(CONFIG, seed=5), None)
+    folder = export(tmp_path / "export", CONFIG, random_state(CONFIG, seed=5))
     with pytest.raises(CheckpointError, match="differs from the native model by"):
         verify_export(folder, native_logits(), TOKENS)
     with pytest.raises(CheckpointError, match="differs from the native model by nan"):
@@ -85,13 +84,13 @@ def test_verification_refuses_another_model(tmp_path: Path) -> None:
 
 
 def test_export_keeps_the_dtype_asked_for(tmp_path: Path) -> None:
-    folder = write_export(tmp_path / "export", CONFIG, random_state(CONFIG), None, dtype=torch.bfloat16)
+    folder = export(tmp_path / "export", CONFIG, random_state(CONFIG), dtype=torch.bfloat16)
     assert {p.dtype for p in load_export(folder).parameters()} == {torch.bfloat16}
     assert {p.dtype for p in load_export(folder, torch.float32).parameters()} == {torch.float32}
 
 
 def test_generation_config_sets_no_length(tmp_path: Path) -> None:
-    folder = write_export(tmp_path / "export", CONFIG, random_state(CONFIG), None)
+    folder = export(tmp_path / "export", CONFIG, random_state(CONFIG))
     values = json.loads((folder / "generation_config.json").read_text())
     assert not [name for name in values if "length" in name or "tokens" in name]
 
@@ -99,29 +98,29 @@ def test_generation_config_sets_no_length(tmp_path: Path) -> None:
 def test_earlier_export_is_replaced_and_anything_else_refused(tmp_path: Path) -> None:
     folder, state = tmp_path / "export", random_state(CONFIG)
     folder.mkdir()
-    write_export(folder, CONFIG, state, None, max_shard_size="20KB")
-    write_export(folder, CONFIG, state, None)
+    export(folder, CONFIG, state, max_shard_size="20KB")
+    export(folder, CONFIG, state)
     assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
     (folder / "results.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no export wrote \['results.json'\]"):
-        write_export(folder, CONFIG, state, None)
+        export(folder, CONFIG, state)
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="model_type='llama'"):
-        write_export(other, CONFIG, state, None)
+        export(other, CONFIG, state)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="is a file"):
-        write_export(tmp_path / "file", CONFIG, state, None)
+        export(tmp_path / "file", CONFIG, state)
 
 
 def test_failed_export_leaves_the_earlier_one_and_no_litter(tmp_path: Path) -> None:
-    folder = write_export(tmp_path / "export", CONFIG, random_state(CONFIG), None)
+    folder = export(tmp_path / "export", CONFIG, random_state(CONFIG))
     before = (folder / "model.safetensors").read_bytes()
     damaged = tmp_path / "damaged.model"
     damaged.write_bytes(b"no model")
     with pytest.raises(Exception, match=r"damaged\.model"):
-        write_export(folder, CONFIG, random_state(CONFIG, seed=1), damaged)
+        export(folder, CONFIG, random_state(CONFIG, seed=1), damaged)
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.model", "export"]
 
@@ -138,7 +137,20 @@ def test_capacity_limited_evaluation_has_no_hugging_face_form() -> None:
     to_hf_config(make_config({"router": "always", **limited}))
 
 
-@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_keys_of_executed_tokens_only_have_no_hugging_face_form() -> None:
+    config = make_config({"keys_values": "executed"})
+    with pytest.raises(
+        ConfigError, match=r"routing.keys_values=executed .* evaluate the checkpoint natively"
+    ):
+        to_hf_config(config)
+    to_hf_config(make_config({"keys_values": "executed", "router": "always"}))
+
+
+PREDICTED = make_config({"router": "topk", "router_bias": True, "stand_in": "predictor"})
+COIN = make_config({"router": "fixed_input"})
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED, PREDICTED, COIN], ids=["tied", "untied", "topk", "coin"])
 def test_every_native_tensor_has_its_own_name(config: object) -> None:
     state = random_state(config)
     names = native_to_hf_names(config)

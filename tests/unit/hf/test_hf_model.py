@@ -6,6 +6,8 @@ from hf_reference import build_model, make_config, random_state, reference
 from torch import Tensor
 from torch.nn import functional as F
 
+from skipmega.hf.configuration_skipmega import SkipmegaConfig
+
 CONFIGS = {
     "gelu": make_config(),
     "swiglu, grouped queries": make_config(activation="swiglu", num_key_value_heads=2),
@@ -182,4 +184,12 @@ def test_impossible_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(None)
     with pytest.raises(ValueError, match="outside the 2 layers"):
-        type(model.config)(num_hidden_layers=2, routed_layers=[1, 2])
+        SkipmegaConfig(num_hidden_layers=2, routed_layers=[1, 2])
+    with pytest.raises(ValueError, match="router_thresholds has 2 entries, routed_layers 1: give one"):
+        SkipmegaConfig(routed_layers=[1], router_thresholds=[0.0, 1.0])
+    with pytest.raises(ValueError, match="wrap='mlps' is none of layer, mlp, attention"):
+        SkipmegaConfig(routed_layers=[1], wrap="mlps")
+    with pytest.raises(
+        ValueError, match=r"router='always' routes no layer, routed_layers=\[1\] must be empty"
+    ):
+        SkipmegaConfig(routed_layers=[1], router="always")

@@ -12,14 +12,14 @@ import pytest
 import sentencepiece
 import torch
 import zstandard
-from hf_reference import make_config, random_state
+from hf_reference import export, make_config, random_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from skipmega.config import loader
 from skipmega.errors import ConfigError, DataError
-from skipmega.hf import count_mismatches, export_tokenizer, write_export
+from skipmega.hf import count_mismatches, export_tokenizer
 
 CORPUS = Path(__file__).parents[4] / "shared" / "corpus"
 SOURCE = inspect.getsource(inspect) + inspect.getsource(loader)
@@ -166,7 +166,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
 
 def test_model_export_carries_the_tokenizer(exported: tuple[Path, Path], tmp_path: Path) -> None:
     config = make_config(vocab_size=2048)
-    folder = write_export(tmp_path / "export", config, random_state(config), exported[0])
+    folder = export(tmp_path / "export", config, random_state(config), exported[0])
     assert count_mismatches(exported[0], folder, PROBES) == 0
     for name in ("config.json", "generation_config.json"):
         values = json.loads((folder / name).read_text())
@@ -179,7 +179,7 @@ def test_an_export_continues_text_and_begins_it_after_the_end_of_a_document(
     """As training does: nothing of an export is conditioned on ``<s>``, which no model has seen."""
     harness = pytest.importorskip("lm_eval.models.huggingface")
     config = make_config(vocab_size=2048)
-    folder = write_export(tmp_path / "export", config, random_state(config), exported[0])
+    folder = export(tmp_path / "export", config, random_state(config), exported[0])
     evaluated = harness.HFLM(str(folder), trust_remote_code=True, device="cpu", dtype="float32")
     assert evaluated.prefix_token_id == 2
     assert evaluated.tok_encode("import <s>") == both(*exported)[0].encode("import <s>")
@@ -192,5 +192,5 @@ def test_an_export_continues_text_and_begins_it_after_the_end_of_a_document(
 def test_tokenizer_larger_than_the_model_is_refused(exported: tuple[Path, Path], tmp_path: Path) -> None:
     config = make_config(vocab_size=1024)
     with pytest.raises(ConfigError, match=r"has 2000 ids, more than the model's model.vocab_size=1024"):
-        write_export(tmp_path / "export", config, random_state(config), exported[0])
+        export(tmp_path / "export", config, random_state(config), exported[0])
     assert not list(tmp_path.iterdir())
