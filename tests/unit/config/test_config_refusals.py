@@ -31,8 +31,6 @@ from skipmega.errors import ConfigError
         ("optimizer.learning_rate=fast", ["optimizer.learning_rate='fast'", "valid number"]),
         ("optimizer.beta2=1.0", ["optimizer.beta2=1.0", "less than 1"]),
         ("model.activation=relu", ["model.activation='relu'", "'gelu' or 'swiglu'"]),
-        ("routing.density=0", ["routing.density=0", "greater than 0"]),
-        ("routing.density=1.5", ["routing.density=1.5", "less than or equal to 1"]),
         ("parallel.zero_stage=4", ["parallel.zero_stage=4", "0, 1, 2 or 3"]),
         ("model=3", ["model=3", "valid dictionary"]),
         ("data.split=[1]", ["data.split=[1]", "at least 2 items"]),
