@@ -49,7 +49,12 @@ class Setup:
                 self.twins[fragment.name] = PlainAdafactor(value.double(), BETA2, CLIP, decay)
             self.pieces[kind], self.fragments[kind] = nn.Parameter(piece), placed
         groups = [
-            {"name": kind, "kind": kind, "params": [piece], "weight_decay": DECAY if kind == "matrices" else 0.0}
+            {
+                "name": kind,
+                "kind": kind,
+                "params": [piece],
+                "weight_decay": DECAY if kind == "matrices" else 0.0,
+            }
             for kind, piece in self.pieces.items()
         ]
         grid = SimpleNamespace(data=alone(), tensor=alone())

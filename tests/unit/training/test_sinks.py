@@ -3,12 +3,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from skipmega.config import RunConfig, build_config
-from skipmega.training.sinks import ConsoleSink, JsonlSink, TensorBoardSink, open_sinks
+from skipmega.training import sinks
+from skipmega.training.sinks import ConsoleSink, JsonlSink, TensorBoardSink, WandbSink, open_sinks
 
 TRAIN: dict[str, Any] = {
     "kind": "train", "step": 20, "steps": 100, "tokens": 4096, "loss": 3.25, "learning_rate": 1.5e-4,
@@ -20,16 +22,18 @@ EVAL: dict[str, Any] = {
     "dropped": [0.0, 0.0],
 }  # fmt: skip
 START = {"kind": "start", "step": 0, "attempt": 1}
+ALARM = {"kind": "alarm", "step": 20, "message": "layer 3 is dead: 0.0% of the tokens chose it"}
+LISTS = ("dropped", "padded", "entropy", "group_imbalance", "rank_imbalance", "router_gradient")
 
 
 def test_jsonl_gives_back_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "metrics.jsonl"
     sink = JsonlSink(path)
-    for written, record in enumerate([START, TRAIN, EVAL], start=1):
+    for written, record in enumerate([START, TRAIN, ALARM, EVAL], start=1):
         sink.write(record)
         assert len(path.read_text().splitlines()) == written, "on disk at once, not only when closed"
     sink.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [START, TRAIN, EVAL]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [START, TRAIN, ALARM, EVAL]
 
 
 def test_a_resumed_run_appends(tmp_path: Path) -> None:
@@ -45,6 +49,7 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
     ("record", "line"),
     [
         (START, "step 0: start of attempt 1"),
+        (ALARM, "step 20: ALARM: layer 3 is dead: 0.0% of the tokens chose it"),
         (EVAL, "step 20: held-out loss 3.5000  density 0.625 (0.50-0.75)"),
         (
             TRAIN,
@@ -78,18 +83,52 @@ def test_tensorboard_has_each_scalar_and_each_layer(tmp_path: Path) -> None:
         (40, 2.85),
     ]
     assert [event.value for event in events.Scalars("eval/density/2")] == [0.75]
-    assert events.Scalars("train/dropped/2")[0].value == 0.125
+    dropped = {kind: events.Scalars(f"train/dropped/{kind}")[0].value for kind in ("mean", "min", "max")}
+    assert dropped == {"mean": 0.0625, "min": 0.0, "max": 0.125}
     tags = set(events.Tags()["scalars"])
     assert {"train/density/1", "train/density/2", "train/learning_rate", "eval/loss"} <= tags
     assert not any(re.search("step$|kind|routed_layers", tag) for tag in tags)
 
 
+def many_layers(layers: int) -> dict[str, Any]:
+    """A train record of so many routed layers with all its lists."""
+    lists = {name: [0.5 + layer / 1000 for layer in range(layers)] for name in ("density", *LISTS)}
+    return TRAIN | lists | {"routed_layers": list(range(1, layers + 1))}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 192])
+def test_only_densities_have_a_key_for_each_layer(layers: int) -> None:
+    """All else is the same number of keys at any depth."""
+    scalars = sinks._scalars(many_layers(layers))
+    of_layers = {f"train/density/{layer}" for layer in range(1, layers + 1)}
+    of_lists = {f"train/{name}/{kind}" for name in LISTS for kind in ("mean", "min", "max")}
+    plain = {f"train/{name}" for name, value in TRAIN.items() if isinstance(value, int | float)}
+    assert set(scalars) == of_layers | of_lists | plain - {"train/step"}
+    assert scalars[f"train/density/{layers}"] == 0.5 + (layers - 1) / 1000
+    assert scalars["train/entropy/mean"] == pytest.approx(0.5 + (layers - 1) / 2000)
+    assert (scalars["train/entropy/min"], scalars["train/entropy/max"]) == (0.5, 0.5 + (layers - 1) / 1000)
+
+
+def test_a_dense_run_has_no_keys_of_layers() -> None:
+    dense = many_layers(0)
+    assert not any("/density" in key or "/entropy" in key for key in sinks._scalars(dense))
+
+
+def test_wandb_gets_the_same_scalars_and_the_step() -> None:
+    logged = []
+    sink = object.__new__(WandbSink)
+    sink._run = SimpleNamespace(log=lambda scalars, step: logged.append((scalars, step)))
+    for record in (TRAIN, ALARM):
+        sink.write(record)
+    assert logged == [(sinks._scalars(TRAIN), 20), ({}, 20)], "an alarm is text: for people and the JSONL"
+
+
 def sinks_of(tmp_path: Path, **logging: Any) -> list[str]:
     config: RunConfig = build_config({"run_dir": str(tmp_path / "run"), "logging": logging}, source="test")
-    sinks = open_sinks(config)
-    for sink in sinks:
+    opened = open_sinks(config)
+    for sink in opened:
         sink.close()
-    return [type(sink).__name__ for sink in sinks]
+    return [type(sink).__name__ for sink in opened]
 
 
 def test_the_configuration_chooses_the_sinks(tmp_path: Path) -> None:
