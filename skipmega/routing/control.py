@@ -26,16 +26,17 @@ class DensityController:
         self._mean = mean_over_data
         self._forget()
 
-    def penalty(self, densities: Tensor) -> Tensor:
+    def penalty(self, densities: Tensor, step: int) -> Tensor:
         """The density loss of a micro-batch, to be averaged over micro-batches and data ranks.
 
         Args:
             densities: [layers] float32, shares chosen in this rank's micro-batch, with the routers' gradient.
+            step: 0-based.
         """
         routing = self.state.config.routing
         if routing.control == "penalty":
             mean = self._mean(densities)
-            return squared_penalty(densities, mean, self.state.target, routing.density_loss_weight)
+            return squared_penalty(densities, mean, self.state.wanted(step), routing.density_loss_weight)
         if routing.control == "coefficient":
             return (self.state.coefficient * densities).sum()
         return densities.new_zeros(())
@@ -65,7 +66,7 @@ class DensityController:
         seen = torch.cat([self._density.unsqueeze(1), self._quantiles], dim=1) / self._micro_batches
         seen = self._mean(seen)
         density, quantiles = seen[:, 0], seen[:, 1:]
-        error = density - state.target
+        error = density - state.wanted(step)
         if routing.control == "coefficient":
             state.coefficient += routing.coefficient_rate * error * (error.abs() > routing.dead_band)
         elif routing.control == "bias":

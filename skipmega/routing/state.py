@@ -59,15 +59,21 @@ class RoutingState:
         moved.load(self.tensors())
         return moved
 
+    def wanted(self, step: int) -> Tensor:
+        """[layers] float32: density of optimizer step ``step`` (0-based), warming up to the target."""
+        return 1 - (1 - self.target) * warmed_up(self.config, step)
+
     def for_training(self, step: int, key: NoiseKey, length: int) -> dict[int, RouterInputs]:
         """What the routers are told at optimizer step ``step`` (0-based), by global layer number."""
-        routing = self.config.routing
+        routing, wanted = self.config.routing, self.wanted(step)
         draws = routing.router in ("gumbel", "random", "fixed_input")
         thresholds = self.threshold
         if routing.router == "quantile":
-            thresholds = self._quantile(1 - self._warmed_targets(step))
+            thresholds = self._quantile(1 - wanted)
         elif routing.router == "random":
-            thresholds = -torch.logit(self._warmed_targets(step))
+            thresholds = -torch.logit(wanted)
+        elif routing.router != "topk" and warmed_up(self.config, step) < 1:
+            thresholds = thresholds + self._warmup_shift(wanted)
         return self._inputs(thresholds, step, key if draws else None, length)
 
     def for_evaluation(self, step: int, batch: int, length: int) -> dict[int, RouterInputs]:
@@ -115,16 +121,22 @@ class RoutingState:
         each = zip(self.layers, thresholds.unbind(), noise, strict=True)
         return {layer: RouterInputs(threshold, temperature, drawn) for layer, threshold, drawn in each}
 
-    def _warmed_targets(self, step: int) -> Tensor:
-        return 1 - (1 - self.target) * warmed_up(self.config, step)
+    def _warmup_shift(self, wanted: Tensor) -> Tensor:
+        """[layers]: what moves thresholds of the target density to ``wanted``; exact while a coin decides
+        (which the noise of a fresh gumbel router is)."""
+        if self.config.routing.router == "sigmoid":
+            shift = self._quantile(1 - wanted) - self._quantile(1 - self.target)
+        else:
+            shift = torch.logit(self.target) - torch.logit(wanted)
+        return torch.where(wanted < 1, shift, -math.inf)
 
     def _quantile(self, level: Tensor) -> Tensor:
-        """Each layer's score at ``level`` [layers], between the two nearest known ones."""
+        """Each layer's score at ``level`` [layers], between the two nearest known ones; below all at 0."""
         at = level.clamp(0, 1) * (LEVELS - 1)
         lower = at.floor().long().clamp(max=LEVELS - 2)
         below = self.quantiles.gather(1, lower.unsqueeze(1)).squeeze(1)
         above = self.quantiles.gather(1, lower.unsqueeze(1) + 1).squeeze(1)
-        return below + (above - below) * (at - lower)
+        return torch.where(level > 0, below + (above - below) * (at - lower), -math.inf)
 
 
 def warmed_up(config: RunConfig, step: int) -> float:

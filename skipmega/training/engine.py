@@ -116,7 +116,7 @@ class TrainingEngine:
             hidden = output.hidden
             if output.records:
                 densities = output.densities()
-                loss = self._controller.penalty(densities) + output.stacked("auxiliary").sum()
+                loss = self._controller.penalty(densities, step) + output.stacked("auxiliary").sum()
                 hidden = attach_loss(hidden, loss, 1 / micro_batches)
                 self._controller.observe(densities, output.stacked("score"))
                 sums.add_routing(output.records)
