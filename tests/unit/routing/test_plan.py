@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipmega.routing.plan import PackingPlan, group_capacity, make_plan
+from skipmega.routing.plan import PackingPlan, group_capacity, make_plan, slots_before
 
 
 @st.composite
@@ -68,6 +68,40 @@ def test_slots_are_unique_ordered_and_within_capacity(case: tuple[Tensor, int, i
     assert (plan.positions.diff(dim=0) >= 0).all(), "ascending, padding included"
     assert torch.equal(plan.positions, plan.rows.view(-1, batch) // batch)
     assert torch.equal(plan.rows.view(-1, batch) % batch, torch.arange(batch).expand_as(plan.positions))
+
+
+@settings(deadline=None)
+@given(cases())
+def test_every_group_drops_its_overflow_and_pads_the_rest(case: tuple[Tensor, int, int]) -> None:
+    """Slots of a group: as many as its capacity, each a token's or padding."""
+    execute, group_size, capacity = case
+    batch = execute.shape[1]
+    plan = make_plan(*case)
+    asked = execute.view(-1, group_size, batch).sum(1)
+    kept = plan.kept.view(-1, group_size, batch).sum(1)
+    assert torch.equal(kept, asked.clamp(max=capacity))
+    owner = plan.slots[plan.rows]
+    padding = (owner != torch.arange(len(plan.rows))).view(-1, capacity, batch).sum(1)
+    assert torch.equal(padding, capacity - kept)
+
+
+@settings(deadline=None)
+@given(cases(), st.booleans())
+def test_slots_before_a_token_are_those_of_earlier_tokens(
+    case: tuple[Tensor, int, int], dropless: bool
+) -> None:
+    """Of a whole sequence that is the number of a kept token's own slot."""
+    execute, _, capacity = case
+    length, batch = execute.shape
+    plan = make_plan(execute, length, None if dropless else capacity)
+    before = slots_before(plan.kept)
+    for b in range(batch):
+        taken = 0
+        for i in range(length):
+            assert before[i, b] == taken
+            if plan.kept[i, b]:
+                assert plan.slots.view(length, batch)[i, b] == taken * batch + b
+                taken += 1
 
 
 @settings(deadline=None)
@@ -139,3 +173,22 @@ def test_capacity_is_rounded_up_and_lies_between_one_and_the_group(
     factor: float, density: float, group_size: int, expected: int
 ) -> None:
     assert group_capacity(factor, density, group_size) == expected
+
+
+@settings(deadline=None)
+@given(
+    factor=st.floats(0.01, 4), density=st.floats(0, 1), size=st.integers(1, 200), minimum=st.integers(1, 300)
+)
+def test_capacity_is_at_least_its_minimum_and_at_most_the_group(
+    factor: float, density: float, size: int, minimum: int
+) -> None:
+    capacity = group_capacity(factor, density, size, minimum)
+    assert min(minimum, size) <= capacity <= size
+    if minimum < capacity < size:
+        assert capacity - 1 < factor * density * size <= capacity + 1e-6
+
+
+def test_shares_that_are_not_exact_in_binary_get_no_slot_more() -> None:
+    """0.07 * 100 is 7.000000000000001."""
+    for share in (0.07, 0.14, 0.28, 0.55, 0.56, 0.57):
+        assert group_capacity(1.0, share, 100) == round(share * 100)
