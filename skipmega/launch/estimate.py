@@ -11,7 +11,6 @@ from typing import Any
 from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import ConfigError
-from skipmega.models.decoder import stage_layers
 from skipmega.models.flops import (
     LayerParts,
     active_parameters,
@@ -175,8 +174,7 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     adamw = config.optimizer.name == "adamw"
     in_flight = min(parallel.pipeline_parallel - stage, config.micro_batches)
     is_last = stage == parallel.pipeline_parallel - 1
-    layers = stage_layers(config.model.num_layers, parallel.pipeline_parallel, stage)
-    activations = sum(_layer_activations(config, layer) for layer in range(layers.first, layers.end))
+    activations = sum(_layer_activations(config, layer) for layer in _stage_layers(config, stage))
     # of Adafactor's moments nothing is left but rows and columns; its step holds directions beside gradients
     update = max(_BUCKET * size, weights * (1 if adamw else 2) * _MASTER / replicas)
     return ProcessMemory(
@@ -196,10 +194,10 @@ def _stage_parameters(config: RunConfig, stage: int) -> float:
     """Weights on one tensor-parallel rank of a stage: matrices cut, norms and routers whole."""
     model, parallel = config.model, config.parallel
     tensor, last = parallel.tensor_parallel, parallel.pipeline_parallel - 1
-    layers = stage_layers(model.num_layers, parallel.pipeline_parallel, stage)
-    routed = sum(layers.first <= layer < layers.end for layer in config.routed_layers)
+    layers = _stage_layers(config, stage)
+    routed = sum(layer in layers for layer in config.routed_layers)
     each = sum(matrix_parameters(config)) / tensor + 2 * model.hidden_size
-    count = (layers.end - layers.first) * each
+    count = len(layers) * each
     count += routed * Router.parameter_count(config.routing, model.hidden_size)
     table = config.vocab_size * model.hidden_size / tensor
     tables = 1 if last == 0 and model.tie_embeddings else (stage == 0) + (stage == last)
@@ -244,6 +242,12 @@ def _computed_share(config: RunConfig, layer: int) -> float:
         return density
     group = routing.group_size or config.data.sequence_length
     return group_capacity(factor, density, group, routing.min_capacity) / group
+
+
+def _stage_layers(config: RunConfig, stage: int) -> range:
+    """Layers of a stage (``skipmega.models.decoder`` cuts them so; it takes seconds to import)."""
+    each = config.model.num_layers // config.parallel.pipeline_parallel
+    return range(stage * each, (stage + 1) * each)
 
 
 def _tokens(config: RunConfig) -> int:
