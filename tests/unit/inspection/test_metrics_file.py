@@ -43,6 +43,17 @@ def test_what_a_resume_repeats_is_told_once(tmp_path):
     assert metrics.resumed_at == [4, 6]
 
 
+def test_alarms_are_no_records_of_a_step(tmp_path):
+    """The lists that a record has beside the density are handed on as they are."""
+    lists = {"density": [0.5], "routed_layers": [1], "padded": [0.25], "rank_imbalance": [1.5]}
+    alarm = {"kind": "alarm", "step": 2, "message": "layer 1 is dead"}
+    records = [train(1, 5.0) | lists, train(2, 4.0) | lists, alarm]
+    metrics = read_metrics(write(tmp_path / "metrics.jsonl", start(0), *records))
+    assert metrics.train == records[:2]
+    assert metrics.evaluations == []
+    assert metrics.routed() == records[:2]
+
+
 def test_half_a_line_is_skipped_with_a_warning(tmp_path, caplog):
     path = write(tmp_path / "metrics.jsonl", train(1, 5.0))
     with path.open("a", encoding="utf-8") as stream:
