@@ -23,6 +23,7 @@ from skipmega.launch.run import build_data, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE, PRETRAIN = ROOT / "tools" / "prepare_data.py", ROOT / "pretrain" / "pretrain.py"
+EXPORT, EVALUATE = ROOT / "tools" / "export_hf.py", ROOT / "tools" / "evaluate.py"
 # all paths relative, so that a copy of the folder is another workplace
 CONFIG = {
     "run_dir": "run",
@@ -276,6 +277,38 @@ def test_a_run_folder_that_cannot_be_continued(
     (home / "notes").mkdir()
     (home / "notes" / "to_do.txt").write_text("buy milk")
     assert message in refused(launch(monkeypatch, 1, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [(EXPORT, ("run", "out")), (EVALUATE, ("run", "--tasks", "piqa"))]
+)
+def test_a_density_that_is_none(
+    half_way: Path, enter: Workplace, script: Path, arguments: tuple[str, ...]
+) -> None:
+    home = enter(half_way)
+    before = contents(home)
+    code, _, stderr = start(script, *arguments, "--eval-density", "1.5", cwd=home)
+    assert code == 2, stderr
+    assert "Traceback" not in stderr
+    first, second = stderr.splitlines()[-2:]
+    assert first == "error: eval_density=1.5 is not a valid configuration:"
+    assert second.startswith(
+        "  routing.eval_density: 1.5 is no density: give a share greater than 0 and less"
+    )
+    assert contents(home) == before
+
+
+def test_the_density_of_an_export_is_fixed(
+    tmp_path: Path, enter: Workplace, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = tmp_path / "work" / "export"
+    export.mkdir(parents=True)
+    (export / "config.json").write_text('{"model_type": "skipmega"}')
+    enter(tmp_path / "work")
+    arguments = ("export", "--tasks", "piqa", "--eval-density", "0.5")
+    assert "export is an export: export again with tools/export_hf.py --eval-density" in refused(
+        run_file(monkeypatch, EVALUATE, *arguments)
+    )
 
 
 def test_no_space_for_a_checkpoint_costs_only_the_steps_since_the_last(

@@ -23,6 +23,8 @@ from support.worlds import ROOT, run_world
 
 BENCHMARKS = ROOT.parent / "shared" / "eval_data"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no benchmark files in {BENCHMARKS}")
+DIAL = {None: 0.5, 0.2: 0.2, 0.8: 0.8}  # densities asked for in evaluation, and what should come of them
+DIALLED = {"TP1": "quantile", "TP2": "gumbel"}  # whose checkpoints, and their routers
 TOKENS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
 GRIDS_OF_2 = {"TP2": (2, 1), "PP2": (1, 2)}
 EVALUATED = "TP2"  # whose checkpoint every grid and the export evaluate
@@ -83,7 +85,7 @@ def alone(home: Path, checkpoints: dict[str, Path], tasks: list[str]) -> dict[st
 def cut(home: Path, checkpoints: dict[str, Path], tasks: list[str]) -> list[dict[str, Any]]:
     """What two processes made of one checkpoint, by rank and grid."""
     variables = {"HF_HOME": str(home / "hf-home-2")}
-    return run_world(examine_cut, 2, home, checkpoints[EVALUATED], tasks, variables=variables)
+    return run_world(examine_cut, 2, home, checkpoints, tasks, variables=variables)
 
 
 def examine_alone(home: Path, checkpoints: dict[str, Path], tasks: list[str]) -> dict[str, Any]:
@@ -95,28 +97,51 @@ def examine_alone(home: Path, checkpoints: dict[str, Path], tasks: list[str]) ->
     }
     return {
         "differences": differences,
-        **examine(home, checkpoints[EVALUATED], tasks, 1, 1),
+        **examine(home, checkpoints, tasks, 1, 1),
         "export": scores(evaluate_export(home / "exports" / EVALUATED, tasks, **settings(home))),
     }
 
 
-def examine_cut(home: Path, checkpoint: Path, tasks: list[str]) -> dict[str, Any]:
-    return {grid: examine(home, checkpoint, tasks, *sizes) for grid, sizes in GRIDS_OF_2.items()}
+def examine_cut(home: Path, checkpoints: dict[str, Path], tasks: list[str]) -> dict[str, Any]:
+    return {grid: examine(home, checkpoints, tasks, *sizes) for grid, sizes in GRIDS_OF_2.items()}
 
 
-def examine(home: Path, path: Path, tasks: list[str], tensor: int, pipeline: int) -> dict[str, Any]:
-    """Logits and scores of the native model on this world."""
+def examine(
+    home: Path, checkpoints: dict[str, Path], tasks: list[str], tensor: int, pipeline: int
+) -> dict[str, Any]:
+    """Logits and scores of the native model on this world, and who executes at which density."""
     from skipmega.inference.native import NativeModel
     from skipmega.parallel.grid import create_grid, release_grid
 
     grid = create_grid(discover_process(), tensor, pipeline)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(checkpoints[EVALUATED])
     model = NativeModel.load(checkpoint, grid)
     tokenizer = Tokenizer.load(str(checkpoint.config.data.tokenizer))
     result = evaluate_tasks(model, tokenizer, tasks, **settings(home))
-    found = {"logits": model.logits(TOKENS), "native": scores(result)}
+    found = {"logits": model.logits(TOKENS), "native": scores(result), "shares": {}}
+    text = torch.tensor(tokenizer.encode("\n".join(unseen_documents()))[: 16 * 64]).view(16, 64)
+    for written_by in DIALLED:
+        dialled = Checkpoint.open(checkpoints[written_by])
+        for density in DIAL:
+            model = NativeModel.load(dialled, grid, eval_density=density)
+            found["shares"][written_by, density] = executed_shares(model, text)
     release_grid()
     return found
+
+
+def executed_shares(model: Any, tokens: Tensor) -> dict[int, float]:
+    """The share of tokens that execute, by routed layer of this process."""
+    shares = {}
+
+    def note(stage: Any, inputs: Any, output: Any) -> None:
+        shares.update(
+            {layer: record.executed.float().mean().item() for layer, record in output.records.items()}
+        )
+
+    handle = model.stage.register_forward_hook(note)
+    model.logits(tokens)
+    handle.remove()
+    return shares
 
 
 def settings(home: Path) -> dict[str, Any]:
@@ -129,7 +154,7 @@ def scores(result: EvaluationResult) -> dict[tuple[str, str], float]:
 
 def test_exports_of_every_grid_have_the_native_logits(alone: dict[str, Any]) -> None:
     assert alone["differences"].keys() == {"TP1", "TP2", "PP2"}
-    assert all(0 < difference < 1e-4 for difference in alone["differences"].values())
+    assert all(difference < 1e-4 for difference in alone["differences"].values())
 
 
 @pytest.mark.parametrize("grid", GRIDS_OF_2)
@@ -143,6 +168,24 @@ def test_logits_do_not_depend_on_the_grid(grid: str, alone: dict[str, Any], cut:
 def test_scores_of_the_export_are_the_native_ones(alone: dict[str, Any]) -> None:
     check_scores(alone["export"], alone["native"])
     assert alone["native"]["unseen_bits", "bits_per_byte"] > 1
+
+
+@pytest.mark.parametrize("written_by", DIALLED)
+def test_the_share_executed_follows_the_dial(written_by: str, alone: dict[str, Any]) -> None:
+    for asked, expected in DIAL.items():
+        shares = alone["shares"][written_by, asked]
+        assert shares == {layer: pytest.approx(expected, abs=0.15) for layer in (1, 2)}
+
+
+@pytest.mark.parametrize("grid", GRIDS_OF_2)
+def test_the_share_executed_does_not_depend_on_the_grid(
+    grid: str, alone: dict[str, Any], cut: list[Any]
+) -> None:
+    for key, expected in alone["shares"].items():
+        for rank, found in enumerate(cut):
+            layers = [1 + rank] if grid == "PP2" else [1, 2]
+            of_rank = {layer: pytest.approx(expected[layer], abs=0.005) for layer in layers}
+            assert found[grid]["shares"][key] == of_rank
 
 
 @pytest.mark.parametrize("grid", GRIDS_OF_2)
@@ -170,19 +213,30 @@ def test_the_export_generates_without_skipmega(home: Path, alone: dict[str, Any]
 
 def test_the_tools_export_and_evaluate(home: Path, runs_of_2: Path, tasks: list[str]) -> None:
     out, report = home / "by-tool", home / "evaluation.json"
-    printed = run_command("tools/export_hf.py", runs_of_2 / "PP2", out, HF_HOME=str(home / "hf-home-3"))
+    dial, home_3 = ("--eval-density", "0.3"), str(home / "hf-home-3")
+    printed = run_command("tools/export_hf.py", runs_of_2 / "PP2", out, *dial, HF_HOME=home_3)
     assert f"step-{STEPS:08d} -> {out}, largest logit difference " in printed
     options = ["--tasks", ",".join(tasks[:2]), "--include-path", home / "tasks", "--output", report]
-    printed = run_command("tools/evaluate.py", out, *options, HF_HOME=str(home / "hf-home-3"))
+    printed = run_command("tools/evaluate.py", out, *options, HF_HOME=home_3)
     written = json.loads(report.read_text())
     assert [task["name"] for task in written["tasks"]] == tasks[:2]
     assert written["settings"]["num_fewshot"] == 1
     rows = [line.split() for line in printed.splitlines()]
     table = {(row[0], row[4]): float(row[6]) for row in rows if row and row[0] in tasks}
-    values = {
-        (t["name"], metric["name"]): metric["value"] for t in written["tasks"] for metric in t["metrics"]
-    }
+    values = written_scores(report)
     assert table == pytest.approx(values, rel=1e-4, abs=1e-4)
+    natively = {}
+    for name, density in (("dialled", dial), ("trained", ())):
+        options = [*options[:-1], home / f"{name}.json"]
+        run_command("tools/evaluate.py", runs_of_2 / "PP2", *options, *density, HF_HOME=home_3)
+        natively[name] = written_scores(home / f"{name}.json")
+    check_scores(values, natively["dialled"])
+    assert natively["trained"] != pytest.approx(values, rel=1e-4), "the density does make a difference"
+
+
+def written_scores(report: Path) -> dict[tuple[str, str], float]:
+    tasks = json.loads(report.read_text())["tasks"]
+    return {(task["name"], metric["name"]): metric["value"] for task in tasks for metric in task["metrics"]}
 
 
 def check_scores(found: dict[tuple[str, str], float], expected: dict[tuple[str, str], float]) -> None:

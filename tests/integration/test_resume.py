@@ -37,7 +37,7 @@ def cut_runs_resumed(tiny_config: Path, runs_of_2: Path) -> Path:
 
 def test_one_process_through_the_script(tiny_config: Path, runs_of_1: Path) -> None:
     run = runs_of_1 / "adamw-stopped"
-    output = run_command("pretrain/pretrain.py", tiny_config, f"run_dir={run}")
+    output = run_command("pretrain/pretrain.py", tiny_config, f"run_dir={run}", *RUNS_OF_1["adamw"])
     assert f"attempt 2, from {run}/checkpoints/step-{HALF:08d}" in output
     check_identical(run, runs_of_1 / "adamw")
 
@@ -73,15 +73,15 @@ def test_on_another_grid(cut_runs_resumed: Path) -> None:
 
 
 def check_identical(resumed: Path, uninterrupted: Path) -> None:
-    """Everything that was recorded but times, and the final weights, to the last bit."""
+    """Everything that was recorded but times, the final weights and the routers' state, to the last bit."""
     assert list(records(resumed, "start")) == [0, HALF]
     expected, found = records(uninterrupted, "train"), records(resumed, "train")
     assert list(expected) == list(found) == list(range(1, STEPS + 1))
     for step, record in expected.items():
         assert {name: found[step][name] for name in REPEATABLE} == {n: record[n] for n in REPEATABLE}, step
     assert records(resumed, "eval") == records(uninterrupted, "eval")
-    weights = Checkpoint.open(resumed).read_weights()
-    final = Checkpoint.open(uninterrupted).read_weights()
-    assert weights.keys() == final.keys()
-    for name, weight in final.items():
-        assert torch.equal(weights[name], weight), name
+    last, whole = Checkpoint.open(resumed), Checkpoint.open(uninterrupted)
+    tensors, final = last.read_weights() | last.read_routing(), whole.read_weights() | whole.read_routing()
+    assert tensors.keys() == final.keys()
+    for name, tensor in final.items():
+        assert torch.equal(tensors[name], tensor), name

@@ -22,13 +22,19 @@ from skipmega.launch.environment import discover_process
 from support.worlds import ROOT
 
 STEPS, HALF = 8, 4
-# Runs by name: what they override. The density penalty is that of a micro-batch over all data ranks, hence
-# smaller micro-batches where there are two.
-RUNS_OF_1 = {"adamw": [], "adafactor": ["optimizer.name=adafactor", "optimizer.gradient_clip=0.0"]}
+# Runs by name: what they override. Routers whose thresholds or penalties are remembered from step to step are
+# among them. The density penalty is that of a micro-batch over all data ranks, hence smaller micro-batches
+# where there are two.
+_REMEMBERS_QUANTILES = ["routing.router=quantile", "routing.quantile_from=running"]
+_REMEMBERS_COEFFICIENT = ["routing.density_control=coefficient", "routing.coefficient_rate=0.5"]
+RUNS_OF_1 = {
+    "adamw": _REMEMBERS_QUANTILES,
+    "adafactor": ["optimizer.name=adafactor", "optimizer.gradient_clip=0.0"],
+}
 RUNS_OF_2 = {
-    "DP2": ["training.micro_batch_size=2"],
-    "TP2": ["parallel.tensor_parallel=2"],
-    "PP2": ["parallel.pipeline_parallel=2"],
+    "DP2": ["training.micro_batch_size=2", *_REMEMBERS_COEFFICIENT],
+    "TP2": ["parallel.tensor_parallel=2", *_REMEMBERS_COEFFICIENT],
+    "PP2": ["parallel.pipeline_parallel=2", *_REMEMBERS_QUANTILES],
 }
 TORCHRUN_2 = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
