@@ -76,13 +76,20 @@ def train_tiny(
 ) -> dict[str, Any]:
     """Train on this world's grid; every rank returns the same logical results.
 
-    Returns losses and grad-norms per step, the first step's gradients and the final fp32 weights by logical
-    name, densities, and the held-out loss.
+    A micro-batch over all data ranks is the same on every grid, or with ``training.micro_batch_size`` given
+    that of each data rank.
+
+    Returns losses and grad-norms per step, the gradients of the first and last step and the fp32 weights
+    before the last one and at the end by logical name, what was seen per step, the held-out averages and the
+    routing state; ``same_micro_batches`` says whether each is one of a single process.
     """
     process = discover_process()
     replicas = process.world_size // (tensor * pipeline)
     config = tiny_config(overrides)
-    training = config.training.model_copy(update={"micro_batch_size": SAMPLES_PER_MICRO_STEP // replicas})
+    size = (overrides or {}).get("training", {}).get("micro_batch_size")
+    training = config.training.model_copy(
+        update={"micro_batch_size": size or SAMPLES_PER_MICRO_STEP // replicas}
+    )
     parallel = config.parallel.model_copy(update={"tensor_parallel": tensor, "pipeline_parallel": pipeline})
     config = config.model_copy(update={"training": training, "parallel": parallel})
     config = resolve_grid(resolve_vocabulary(config, None), process.world_size)
@@ -90,46 +97,68 @@ def train_tiny(
     torch.manual_seed(grid.rank)
     engine = TrainingEngine(config, grid)
     batches = tiny_batches(config, grid)
-    losses, norms, executed = [], [], []
-    gradients: dict[str, torch.Tensor] = {}
+    losses, norms, seen = [], [], []
+    gradients: list[dict[str, torch.Tensor]] = []
+    weights: list[dict[str, torch.Tensor]] = []
     for step in range(steps):
         sums = StepSums.zeros(config, grid.device)
+        if step == steps - 1:
+            weights.append(gather_logical(engine, grid, safe_get_full_fp32_param))
         engine.accumulate_gradients(batches, step, sums)
-        if step == 0:
-            gradients = gather_logical(engine, grid, safe_get_full_grad)
+        if step in (0, steps - 1):
+            gradients.append(gather_logical(engine, grid, safe_get_full_grad))
         norms.append(float(engine.apply_gradients(step, 0.01)))
-        seen = average(sums, config, grid)
-        losses.append(seen.loss)
-        executed.append((seen.density, seen.executed))
+        seen.append(average(sums, config, grid))
+        losses.append(seen[-1].loss)
     held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches, steps)
-    weights = gather_logical(engine, grid, safe_get_full_fp32_param)
+    weights.append(gather_logical(engine, grid, safe_get_full_fp32_param))
+    state = gather_state(engine, grid)
     release_grid()
     return {
-        "losses": losses, "norms": norms, "gradients": gradients, "weights": weights,
-        "executed": executed, "held_out": held_out,
+        "losses": losses, "norms": norms, "gradients": gradients[0], "last_gradients": gradients[-1],
+        "weights": weights[-1], "last_weights": weights[0], "state": state, "seen": seen,
+        "held_out": held_out,
+        "same_micro_batches": replicas == 1 or size is not None,
     }  # fmt: skip
 
 
-def plain_step(overrides: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Loss, gradient norm and gradients of the first step of :func:`train_tiny`, without DeepSpeed,
-    megatron-core's schedule or attached losses: the objective written down, and autograd."""
+def plain_step(
+    overrides: dict[str, dict[str, Any]] | None = None,
+    step: int = 0,
+    weights: dict[str, torch.Tensor] | None = None,
+    coefficients: list[float] | None = None,
+) -> dict[str, Any]:
+    """Loss, gradient norm and gradients of a step of :func:`train_tiny`, without DeepSpeed, megatron-core's
+    schedule, attached losses or controllers: the objective written down, and autograd.
+
+    Later steps need the weights before them and, with density_control=coefficient, each routed layer's
+    factor of its density; no step of a router whose threshold moves can be had.
+    """
     config = resolve_grid(resolve_vocabulary(tiny_config(overrides), None), 1)
     routing = config.routing
     grid = create_grid(discover_process())
     stage = DecoderStage(config, grid)
+    stage.load_state_dict(weights or {}, strict=weights is not None)
     state = RoutingState(config, stage.routed_layers, grid.device)
-    batches = tiny_batches(config, grid)
+    batches = tiny_batches(config, grid, first_sample=step * GLOBAL_BATCH)
     objective, losses = torch.zeros(()), []
     for _ in range(config.micro_batches):
         batch = next(batches)
+        assert batch.document_ids is not None
         context = LayerContext(document_starts(batch.document_ids), routing.capacity_factor)
         key = NoiseKey(config.training.seed, batch.sample_ids)
-        output = stage(batch.tokens, context, state.for_training(0, key, LENGTH))
+        output = stage(batch.tokens, context, state.for_training(step, key, LENGTH))
         logits = stage.logits(output.hidden).transpose(0, 1)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-        penalty = sum((record.chosen.mean() - routing.density) ** 2 for record in output.records.values())
-        objective = objective + (loss + routing.density_loss_weight * penalty) / config.micro_batches
         losses.append(loss.item())
+        for i, record in enumerate(output.records.values()):
+            density = record.chosen.mean()
+            loss = loss + record.auxiliary
+            if routing.control == "penalty":
+                loss = loss + routing.density_loss_weight * (density - routing.density) ** 2
+            elif routing.control == "coefficient" and coefficients is not None:
+                loss = loss + coefficients[i] * density
+        objective = objective + loss / config.micro_batches
     parameters = dict(stage.named_parameters())
     gradients = dict(zip(parameters, torch.autograd.grad(objective, list(parameters.values())), strict=True))
     release_grid()
@@ -148,6 +177,16 @@ def gather_logical(engine: TrainingEngine, grid: ParallelGrid, read: Any) -> dic
             dist.all_gather(parts, whole.contiguous(), group=grid.tensor.group)
             whole = torch.cat(parts, dim)
         local[name] = whole
+    return _of_all_stages(local, grid)
+
+
+def gather_state(engine: TrainingEngine, grid: ParallelGrid) -> dict[str, torch.Tensor]:
+    """What routing remembers of every layer, on every rank."""
+    local = {name: tensor.clone().cpu() for name, tensor in engine.routing.tensors().items()}
+    return _of_all_stages(local, grid)
+
+
+def _of_all_stages(local: dict[str, torch.Tensor], grid: ParallelGrid) -> dict[str, torch.Tensor]:
     stages: list[dict[str, torch.Tensor]] = [{} for _ in range(grid.pipeline.size)]
     dist.all_gather_object(stages, local, group=grid.pipeline.group)
     return {name: value for stage in reversed(stages) for name, value in stage.items()}
