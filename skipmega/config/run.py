@@ -150,8 +150,8 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
     if config.routing.router_learning_rate != 1.0 and config.routed_layers and idle:
         raise ConfigError(
             f"routing.router_learning_rate={config.routing.router_learning_rate} needs a routed layer "
-            f"on every pipeline stage, and stage {idle[0]} of {pipeline} has none: set it to 1, or route other "
-            "layers"
+            f"on every pipeline stage, and stage {idle[0]} of {pipeline} has none: set it to 1, or route "
+            "other layers"
         )
     per_step = training.micro_batch_size * replicas
     if training.global_batch_size % per_step:

@@ -1,7 +1,7 @@
 """Figures of a run, as PNG files: the loss, the density of each layer, the depth of each token."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,32 @@ def plot_tokens_depth(
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=max(4, grid.num_rows), fraction=0.03)
     bar.outline.set_visible(False)
     bar.locator = _whole_numbers()
+    _save(figure, out_png)
+
+
+def plot_tradeoff(
+    points: Mapping[str, tuple[float, float, float]], x_label: str, out_png: str | Path
+) -> None:
+    """Held-out loss of several models against what they cost.
+
+    Args:
+        points: by name, cost, loss in nats per token and the loss's half-spread.
+        x_label: what the cost is.
+        out_png: where the figure goes, 1200 x 900 pixels.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    figure = _figure(8, 6)
+    axes = figure.add_subplot()
+    for name, (cost, loss, spread) in points.items():
+        axes.errorbar(cost, loss, yerr=spread, fmt="o", color=_INK, markersize=5, capsize=3, linewidth=1)
+        axes.annotate(
+            name, (cost, loss), textcoords="offset points", xytext=(6, 3), fontsize=8, color=_ACCENT
+        )
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("held-out loss, nats/token")
+    _tidy(axes)
     _save(figure, out_png)
 
 

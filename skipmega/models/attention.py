@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from skipmega.config import ModelConfig
 from skipmega.kernels.attention import AttentionBackend, packed_attention
-from skipmega.models.rotary import rotate
+from skipmega.models.rotary import RotaryTable, rotary_table, rotate
 from skipmega.parallel.grid import Axis
 from skipmega.parallel.layers import ColumnLinear, RowLinear, enter_tensor_parallel
 
@@ -28,6 +28,7 @@ class Attention(nn.Module):
     def forward(
         self,
         tokens: Tensor,
+        rotary: RotaryTable,
         positions: Tensor | None,
         queries: Tensor | None,
         query_positions: Tensor | None,
@@ -38,6 +39,7 @@ class Attention(nn.Module):
 
         Args:
             tokens: [s, b, hidden], normalised; make keys and values.
+            rotary: of all positions of a sequence.
             positions: [s, b] int64 of ``tokens`` in their sequences, ascending; None for 0, 1, ...
             queries: [q, b, hidden], normalised, some of ``tokens``; None for all of them.
             query_positions: [q, b] int64, which of ``tokens`` the queries are, ascending.
@@ -47,18 +49,19 @@ class Attention(nn.Module):
         Returns:
             [q, b, hidden].
         """
-        at = positions
-        if at is None:
-            at = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
         shared = enter_tensor_parallel(tokens, self.axis)
-        key = rotate(self._heads(self.key(shared)), at, self.theta)
+        key = rotate(self._heads(self.key(shared)), rotary, positions)
         value = self._heads(self.value(shared))
-        asked = shared
+        asked, at = shared, positions
         if queries is not None and query_positions is not None:
             asked, at = enter_tensor_parallel(queries, self.axis), query_positions
-        query = rotate(self._heads(self.query(asked)), at, self.theta)
+        query = rotate(self._heads(self.query(asked)), rotary, at)
         attended = packed_attention(query, key, value, query_positions, since, backend)
         return self.output(attended.flatten(2))
+
+    def rotary_table(self, length: int, device: torch.device) -> RotaryTable:
+        """The table :meth:`forward` needs for sequences of ``length`` tokens."""
+        return rotary_table(length, self.head_size, self.theta, device)
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:2], -1, self.head_size)

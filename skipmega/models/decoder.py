@@ -5,7 +5,7 @@ tensor-parallel rank.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from skipmega.config import RunConfig
 from skipmega.models.initialization import initialize
 from skipmega.models.layer import DecoderLayer, LayerContext, LayerResult, RoutingRecord
 from skipmega.models.norm import RMSNorm
+from skipmega.models.rotary import rotary_table
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.layers import (
     ColumnLinear,
@@ -71,6 +72,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         model = config.model
         self.grid = grid
+        self.model = model
         self.tied = model.tie_embeddings
         self.dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.config = megatron_config(
@@ -100,6 +102,7 @@ class DecoderStage(nn.Module):
             self.embedding.weight.ds_pipe_replicated = True
         self._received: Tensor | None = None
         self._compiled: dict[str, Callable[..., LayerResult]] = {}
+        self._compiled_losses: Callable[..., Tensor] = self._losses
         initialize(self, config, grid.tensor)
 
     @property
@@ -122,8 +125,9 @@ class DecoderStage(nn.Module):
                 weights[number] = router.weight
         return weights
 
-    def compile_layers(self) -> None:
-        """Compile each layer for training, where shapes are fixed; evaluation (dropless) stays eager.
+    def compile_parts(self) -> None:
+        """Compile each layer and the loss for training, where shapes are fixed; evaluation (dropless) stays
+        eager. Compiled, the loss never holds its logits in fp32.
 
         Every distinct density and warm-up stage is a program of its own. Falling back to eager beyond torch's
         limit on their number would be silent: it is raised, and made an error (process-wide settings).
@@ -132,6 +136,7 @@ class DecoderStage(nn.Module):
         torch._dynamo.config.accumulated_recompile_limit = 4096
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._compiled = {name: torch.compile(layer, dynamic=False) for name, layer in self.layers.items()}
+        self._compiled_losses = torch.compile(self._losses, dynamic=False)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Receive the previous stage's hidden states; called by the schedule before each forward."""
@@ -152,6 +157,9 @@ class DecoderStage(nn.Module):
         else:
             assert self._received is not None
             hidden = self._received
+        model = self.model
+        table = rotary_table(tokens.shape[1], model.head_size, model.rope_theta, hidden.device)
+        context = replace(context, rotary=table)
         records = {}
         for name, layer in self.layers.items():
             run = self._compiled.get(name, layer) if self.training else layer
@@ -162,11 +170,15 @@ class DecoderStage(nn.Module):
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token on the last stage: [s, b, hidden], [b, s] to [s, b] float32, nats."""
-        return token_losses(self._logits(hidden), labels.t(), self.grid.tensor)
+        run = self._compiled_losses if self.training else self._losses
+        return run(hidden, labels)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[s, b, hidden] to [s, b, vocabulary] on the last stage, the same on all its tensor ranks."""
         return gather_vocabulary(self._logits(hidden), self.grid.tensor)
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return token_losses(self._logits(hidden), labels.t(), self.grid.tensor)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         normed = enter_tensor_parallel(self.final_norm(hidden), self.grid.tensor)

@@ -5,7 +5,7 @@ route, plan, dispatch (pack the executed tokens), run, combine (write back). Key
 tokens, so a skipped token stays visible as context, unless ``routing.keys_values`` says otherwise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from skipmega.kernels.rows import add_rows, gather_rows
 from skipmega.models.attention import Attention
 from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
+from skipmega.models.rotary import RotaryTable
 from skipmega.parallel.grid import Axis
 from skipmega.routing.plan import PackingPlan, group_capacity, make_plan, slots_before
 from skipmega.routing.router import Decision, Router, RouterInputs
@@ -28,13 +29,14 @@ class LayerContext:
     """What all layers share in one micro-batch.
 
     ``since`` [b, s] int64, first position each token may see, or None for 0; ``capacity_factor`` None is
-    dropless; ``attention`` is the implementation to use; ``warmed`` how far the density has come from 1 (0.0)
-    to its target (1.0).
+    dropless; ``attention`` is the implementation to use; ``rotary`` the table of positions, made anew by
+    every layer if None; ``warmed`` how far the density has come from 1 (0.0) to its target (1.0).
     """
 
     since: Tensor | None
     capacity_factor: float | None
     attention: AttentionBackend = "sdpa"
+    rotary: RotaryTable | None = None
     warmed: float = 1.0
 
 
@@ -88,13 +90,16 @@ class DecoderLayer(nn.Module):
         Returns:
             [s, b, hidden], and the record of a routed layer.
         """
+        if context.rotary is None:
+            table = self.attention.rotary_table(hidden.shape[0], hidden.device)
+            context = replace(context, rotary=table)
         normed = self.attention_norm(hidden)
         if self.router is None:
-            middle = hidden + self.attention(normed, None, None, None, context.since, context.attention)
+            middle = hidden + self._attend(normed, context)
             return middle + self.mlp(self.mlp_norm(middle)), None
         assert inputs is not None
         if self.routing.wrap == "mlp":
-            hidden = hidden + self.attention(normed, None, None, None, context.since, context.attention)
+            hidden = hidden + self._attend(normed, context)
             normed = self.mlp_norm(hidden)
         density = 1 - (1 - self.density) * context.warmed
         decision = self.router(hidden if self.routing.router_input == "raw" else normed, inputs, density)
@@ -146,17 +151,23 @@ class DecoderLayer(nn.Module):
         update = update * weight.to(update.dtype)
         return add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots).view_as(hidden)
 
+    def _attend(self, normed: Tensor, context: LayerContext) -> Tensor:
+        """Every token asks."""
+        assert context.rotary is not None
+        return self.attention(normed, context.rotary, None, None, None, context.since, context.attention)
+
     def _attend_packed(
         self, normed: Tensor, packed: Tensor, plan: PackingPlan, context: LayerContext
     ) -> Tensor:
-        since, backend = context.since, context.attention
+        assert context.rotary is not None
+        since, rotary, backend = context.since, context.rotary, context.attention
         if self.routing.keys_values == "all":
-            return self.attention(normed, None, packed, plan.positions, since, backend)
+            return self.attention(normed, rotary, None, packed, plan.positions, since, backend)
         if since is not None:
             # slots are a sequence's executed tokens in order: its documents begin where they do among those
             first = slots_before(plan.kept).gather(0, since.t())
             since = first.gather(0, plan.positions).t()
-        return self.attention(packed, plan.positions, None, None, since, backend)
+        return self.attention(packed, rotary, plan.positions, None, None, since, backend)
 
     def _mask(
         self, hidden: Tensor, normed: Tensor, decision: Decision, plan: PackingPlan, context: LayerContext
@@ -165,7 +176,7 @@ class DecoderLayer(nn.Module):
         if self.routing.wrap == "mlp":
             update = self.mlp(normed)
         else:
-            update = self.attention(normed, None, None, None, context.since, context.attention)
+            update = self._attend(normed, context)
             if self.routing.wrap == "layer":
                 update = update + self.mlp(self.mlp_norm(hidden + update))
         probability = decision.probability

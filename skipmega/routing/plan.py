@@ -77,9 +77,10 @@ def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> Packing
 def _running_count(chosen: Tensor) -> Tensor:
     """Number of True up to and including each token of a group: [groups, g, b] bool to int64.
 
-    Kept out of compiled graphs: inductor (torch 2.11) cannot fuse what follows a long scan.
+    Kept out of compiled graphs: inductor (torch 2.11) cannot fuse what follows a long scan. Scanned along the
+    last dimension, since torch scans others with one thread each (measured: H200, 190 us for 32k tokens).
     """
-    return chosen.cumsum(dim=1)
+    return chosen.transpose(1, 2).contiguous().cumsum(dim=2).transpose(1, 2).contiguous()
 
 
 @_running_count.register_fake

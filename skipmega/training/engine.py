@@ -50,7 +50,7 @@ class TrainingEngine:
         self.routing = RoutingState(config, self.stage.routed_layers, grid.device)
         self._controller = DensityController(self.routing, grid.data.mean)
         if config.training.compile:
-            self.stage.compile_layers()
+            self.stage.compile_parts()
 
     def train_step(
         self, batches: Iterator[TokenBatch], step: int, learning_rate: float, sums: StepSums
@@ -109,7 +109,7 @@ class TrainingEngine:
 
         def forward(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
-            context = LayerContext(_since(batch), routing.capacity_factor, self.attention, warmed)
+            context = LayerContext(_since(batch), routing.capacity_factor, self.attention, warmed=warmed)
             key = NoiseKey(seed, batch.sample_ids)
             inputs = self.routing.for_training(step, key, batch.tokens.shape[1])
             output = stage(batch.tokens, context, inputs)

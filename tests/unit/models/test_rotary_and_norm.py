@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from skipmega.models.norm import RMSNorm
-from skipmega.models.rotary import rotate
+from skipmega.models.rotary import RotaryTable, rotary_table, rotate
 
 THETA = 10_000.0
 
@@ -16,11 +16,15 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def table(heads: Tensor) -> RotaryTable:
+    return rotary_table(1024, heads.shape[-1], THETA, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("size", [2, 6, 64])
 def test_rotation_is_multiplication_by_complex_phases(size: int) -> None:
     heads = random(5, 2, 3, size)
     positions = torch.tensor([[0, 1], [1, 2], [5, 900], [7, 901], [1000, 1023]])
-    found = rotate(heads, positions, THETA)
+    found = rotate(heads, table(heads), positions)
     half = size // 2
     for n in range(5):
         for b in range(2):
@@ -35,7 +39,7 @@ def test_rotation_is_multiplication_by_complex_phases(size: int) -> None:
 
 def test_position_zero_turns_nothing() -> None:
     heads = random(1, 1, 2, 8)
-    assert torch.equal(rotate(heads, torch.zeros(1, 1, dtype=torch.int64), THETA), heads)
+    assert torch.equal(rotate(heads, table(heads), torch.zeros(1, 1, dtype=torch.int64)), heads)
 
 
 @pytest.mark.parametrize("shift", [1, 17, 500])
@@ -43,7 +47,7 @@ def test_scores_depend_on_the_distance_only(shift: int) -> None:
     query, key = random(1, 1, 4, 16, seed=1), random(1, 1, 4, 16, seed=2)
 
     def score(query_at: int, key_at: int) -> Tensor:
-        turned = (rotate(x, torch.tensor([[at]]), THETA) for x, at in ((query, query_at), (key, key_at)))
+        turned = (rotate(x, table(x), torch.tensor([[at]])) for x, at in ((query, query_at), (key, key_at)))
         q, k = turned
         return (q * k).sum(-1)
 
@@ -54,15 +58,17 @@ def test_scores_depend_on_the_distance_only(shift: int) -> None:
 def test_one_column_of_positions_serves_every_sequence() -> None:
     heads = random(6, 3, 2, 8)
     column = torch.arange(6).unsqueeze(1)
-    assert torch.equal(rotate(heads, column, THETA), rotate(heads, column.expand(6, 3), THETA))
+    everywhere = rotate(heads, table(heads), column.expand(6, 3))
+    assert torch.equal(rotate(heads, table(heads), column), everywhere)
+    assert torch.equal(rotate(heads, table(heads)), everywhere)
 
 
 def test_angles_are_fp32_whatever_the_heads_are() -> None:
     """bfloat16 cannot tell position 1000 from 1001."""
     heads = random(2, 1, 1, 16).bfloat16()
-    found = rotate(heads, torch.tensor([[1000], [1001]]), THETA)
+    found = rotate(heads, table(heads), torch.tensor([[1000], [1001]]))
     assert found.dtype == torch.bfloat16
-    expected = rotate(heads.float(), torch.tensor([[1000], [1001]]), THETA)
+    expected = rotate(heads.float(), table(heads), torch.tensor([[1000], [1001]]))
     assert torch.equal(found, expected.bfloat16())
 
 
