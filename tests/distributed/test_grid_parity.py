@@ -34,7 +34,9 @@ VARIANTS = {
         "routing": {"router": "sigmoid", "density_control": "bias", "bias_rate": 1.0, "wrap": "mlp"}
     },
     "random-attention": {"routing": {"router": "random", "wrap": "attention", "density": 0.3}},
+    "warmup": {"routing": {"router": "quantile", "density_warmup_steps": 2}, "training": RANK_BY_RANK},
 }  # fmt: skip
+LAST_STEPS = ("coefficient", "quantile", "adamw")  # no threshold moves
 # name: (tensor, pipeline, variant); what is left of the world is data parallel
 GRIDS_OF_2 = {
     "TP2": (2, 1, "adamw"),
@@ -65,6 +67,7 @@ GRIDS_OF_2 = {
     "DP2-bias-mlp": (1, 1, "bias-mlp"),
     "TP2-random-attention": (2, 1, "random-attention"),
     "DP2-random-attention": (1, 1, "random-attention"),
+    "PP2-warmup": (1, 2, "warmup"),
 }
 GRIDS_OF_4 = {
     "TP2-PP2": (2, 2, "adamw"),
@@ -107,7 +110,7 @@ def train_and_write_down():
     trained = train_all({name: (1, 1, name) for name in VARIANTS})
     plain = {name: plain_step(overrides) for name, overrides in VARIANTS.items()}
     last = {}
-    for name in ("coefficient", "quantile", "adamw"):
+    for name in LAST_STEPS:
         found = trained[name]
         factors = integrated_errors(found["seen"][:-1], tiny_config(VARIANTS[name]))
         last[name] = plain_step(VARIANTS[name], STEPS - 1, found["last_weights"], factors)
@@ -194,7 +197,7 @@ def test_one_process_is_the_objective_written_down(variant, one_process):
         assert norm == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["coefficient", "quantile", "adamw"])
+@pytest.mark.parametrize("variant", LAST_STEPS)
 def test_so_is_the_last_step(variant, one_process):
     """The coefficients being the integrated errors of the steps before."""
     found, plain = one_process[variant], one_process["last"][variant]
@@ -205,6 +208,11 @@ def test_so_is_the_last_step(variant, one_process):
         assert all(abs(factor) > 0.02 for factor in plain["factors"]), "the penalty is felt"
 
 
+def test_density_warms_up_from_one(one_process):
+    seen = one_process["warmup"]["seen"]
+    assert [averages.density[1:3] for averages in seen] == [[1.0, 1.0], [0.75, 0.75], [0.5, 0.5]]
+
+
 def test_the_reference_is_worth_comparing_with(one_process):
     for variant in VARIANTS:
         result = one_process[variant]
@@ -212,7 +220,9 @@ def test_the_reference_is_worth_comparing_with(one_process):
         assert len({round(norm, 3) for norm in result["norms"]}) == STEPS, variant
         assert all(gradient.norm() > 0 for gradient in result["gradients"].values()), variant
         for averages in [*result["seen"], result["held_out"]]:
-            assert all(0 < averages.executed[i] <= averages.density[i] < 1 for i in (1, 2)), variant
+            shares = [(averages.executed[i], averages.density[i]) for i in (1, 2)]
+            assert all(0 < executed <= density for executed, density in shares), variant
+            assert variant == "warmup" or all(density < 1 for _, density in shares), variant
         state = result["state"]
         assert {name.split(".")[1] for name in state} == {"1", "2"}
         if variant in ("coefficient", "bias-mlp"):

@@ -1,5 +1,6 @@
 """A tiny run, trained for a few steps on any grid, and what it produced in logical (grid-free) form."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -145,7 +146,10 @@ def plain_step(
     for _ in range(config.micro_batches):
         batch = next(batches)
         assert batch.document_ids is not None
-        context = LayerContext(document_starts(batch.document_ids), routing.capacity_factor)
+        warmup = routing.density_warmup_steps
+        warmed = min(1.0, math.floor(8 * step / warmup) / 8) if warmup else 1.0
+        since = document_starts(batch.document_ids)
+        context = LayerContext(since, routing.capacity_factor, warmed=warmed)
         key = NoiseKey(config.training.seed, batch.sample_ids)
         output = stage(batch.tokens, context, state.for_training(step, key, LENGTH))
         logits = stage.logits(output.hidden).transpose(0, 1)
