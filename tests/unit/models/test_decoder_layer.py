@@ -361,7 +361,8 @@ def test_the_router_learns_from_executed_tokens_through_the_straight_through_fac
             case = Case(threshold=threshold, noise=None)
             out, record = layer(hidden, case.inputs(config), case.context())
             assert bool(record.executed.any()) == (threshold < 0)
-            (found,) = torch.autograd.grad((out * random_hidden(1)).sum(), layer.router.weight)
+            weight = layer.router.get_parameter("weight")
+            (found,) = torch.autograd.grad((out * random_hidden(1)).sum(), weight)
             assert bool(found.any()) == moves
 
 
