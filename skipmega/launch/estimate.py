@@ -26,7 +26,8 @@ from skipmega.routing.router import Router
 
 GIB = 2**30
 _MASTER = 4  # bytes of a weight's fp32 copy, and of each of its moments
-_LOGIT_BYTES = 12  # per logit, in backward: log-probabilities, their gradient and the logits', in fp32
+_EAGER_LOGIT = 12  # bytes in backward: log-probability, its gradient and the logit's, in fp32
+_EVALUATED_LOGIT = 8  # bytes: the logit in fp32 and its log-probability; evaluation is eager
 _BUCKET = 500_000_000  # elements that DeepSpeed sets aside for reducing gradients
 
 
@@ -37,9 +38,9 @@ class ProcessMemory:
     ``weights`` and ``gradients`` in the run's precision (ZeRO 2 saves none of the latter: a whole step's pile
     up before they are reduced). ``optimizer``: fp32 weights and moments, its share over the data-parallel
     ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up to half as
-    much again, and masks), and ``logits`` with their gradients. ``update``: what reducing gradients and
-    updating weights need, when the activations are gone. What libraries and communication allocate is left
-    out.
+    much again, and masks), and ``logits`` with their gradients. ``update``: what reducing gradients,
+    updating weights or evaluating need, when the activations are gone. What libraries and communication
+    allocate is left out.
     """
 
     stage: int
@@ -176,16 +177,19 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     is_last = stage == parallel.pipeline_parallel - 1
     activations = sum(_layer_activations(config, layer) for layer in _stage_layers(config, stage))
     # of Adafactor's moments nothing is left but rows and columns; its step holds directions beside gradients
-    update = max(_BUCKET * size, weights * (1 if adamw else 2) * _MASTER / replicas)
+    logits = _tokens(config) * config.vocab_size / parallel.tensor_parallel if is_last else 0.0
+    update = max(
+        _BUCKET * size,
+        weights * (1 if adamw else 2) * _MASTER / replicas,
+        logits * (_EVALUATED_LOGIT + (size if size < _MASTER else 0)),
+    )
     return ProcessMemory(
         stage=stage,
         weights=weights * size,
         gradients=weights * size,
         optimizer=weights * (3 if adamw else 1) * _MASTER / replicas,
         activations=in_flight * activations,
-        logits=_tokens(config) * config.vocab_size / parallel.tensor_parallel * _LOGIT_BYTES
-        if is_last
-        else 0.0,
+        logits=logits * _logit_bytes(config),
         update=update,
     )
 
@@ -242,6 +246,13 @@ def _computed_share(config: RunConfig, layer: int) -> float:
         return density
     group = routing.group_size or config.data.sequence_length
     return group_capacity(factor, density, group, routing.min_capacity) / group
+
+
+def _logit_bytes(config: RunConfig) -> int:
+    """What backward of the loss holds per logit; a compiled one never makes fp32 of them."""
+    if config.training.compile and config.parallel.tensor_parallel == 1:
+        return 2 * _element_size(config)
+    return _EAGER_LOGIT
 
 
 def _stage_layers(config: RunConfig, stage: int) -> range:
