@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fixed_input, dial": ({"router": "fixed_input", "wrap": "mlp", "eval_density": 0.3}, GROUPED),
     "highway": ({"router": "highway", "router_bias": True}, GROUPED),
     "highway, raw attention": ({"router": "highway", "wrap": "attention", "router_input": "raw"}, {}),
-    "never": ({"router": "never", "wrap": "mlp"}, {}),
+    "never": ({"router": "never", "wrap": "mlp", "router_bias": True}, {}),
     "never any layer": ({"router": "never"}, {}),
     "dense gradient": ({"router": "sigmoid", "gradient": "dense", "update_weight": "twice_score"}, GROUPED),
     "everybody": ({"router": "random", "eval_density": 1.0}, {}),
@@ -74,7 +74,8 @@ class Native:
             levels = torch.linspace(0, 1, LEVELS)
             self.routing.quantiles[i] = record.score.flatten().quantile(levels)
             at = torch.randint(LEVELS // 4, LEVELS * 3 // 4, (), generator=generator)
-            self.routing.threshold[i] = self.routing.quantiles[i, at]
+            if self.config.routing.router not in ("highway", "never"):  # whose thresholds nobody moves
+                self.routing.threshold[i] = self.routing.quantiles[i, at]
             if self.config.routing.router == "fixed_input":  # whose scores are all the same
                 self.routing.threshold[i] += torch.randn((), generator=generator)
 
