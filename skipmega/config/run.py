@@ -220,7 +220,8 @@ def check_consistency(config: RunConfig) -> None:
 
 
 def _packs(routing: RoutingConfig) -> bool:
-    return routing.router != "always" and not routing.computes_all
+    """Whether the number of packed rows hangs on the capacity (top-k has its own)."""
+    return routing.router not in ("always", "topk") and not routing.computes_all
 
 
 def _check_zero(parallel: ParallelConfig) -> None:

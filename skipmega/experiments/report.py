@@ -5,12 +5,12 @@ from pathlib import Path
 
 from skipmega.experiments.plan import LadderPlan, Trial, best_trial, is_at_an_end
 from skipmega.experiments.runner import TrialResult
-from skipmega.inspection.figures import plot_tradeoff
+from skipmega.inspection.figures import plot_curves, plot_tradeoff
 
 
 @dataclass(frozen=True)
 class RowSummary:
-    """A row at its best rate.
+    """A row at its best rate, that of its trial ``best``.
 
     ``loss`` is the mean over ``seeds`` seeds, ``spread`` half the distance between the least and the
     greatest; ``flops`` and ``step_time`` (None where it was not measured) are relative to the reference row;
@@ -21,7 +21,7 @@ class RowSummary:
     loss: float
     spread: float
     seeds: int
-    rate: float
+    best: Trial
     rate_inside: bool
     sweep: dict[float, float]
     flops: float
@@ -60,7 +60,7 @@ def summarise_rows(
             loss=sum(values) / len(values),
             spread=(max(values) - min(values)) / 2,
             seeds=len(values),
-            rate=best.rate,
+            best=best,
             rate_inside=not is_at_an_end(plan, best, losses),
             sweep=_sweep(plan, row, results),
             flops=by_trial[best].flops,
@@ -101,16 +101,21 @@ def markdown_table(rows: list[RowSummary], reference: str) -> str:
         sweep = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in row.sweep.items())
         time = "" if row.step_time is None else f"{row.step_time:.2f}"
         density = "" if row.density is None else f"{row.density:.3f}, off by {row.density_error or 0:.3f}"
-        rates = f"{row.rate:g}{edge} ({sweep})"
+        rates = f"{row.best.rate:g}{edge} ({sweep})"
         cells = [row.row, f"{row.loss:.3f}{spread}", gap, rates, f"{row.flops:.3f}", time, density]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[RowSummary], reference: str, out: Path) -> None:
-    """Held-out loss against executed FLOPs, and against time where it was measured."""
+    """Held-out loss against executed FLOPs, and against time where it was measured; the curves of the best
+    trials whose records are in ``out``."""
     by_flops = {row.row: (row.flops, row.loss, row.spread) for row in rows}
     plot_tradeoff(by_flops, f"executed FLOPs over those of {reference}", out / "loss_by_flops.png")
     timed = {row.row: (row.step_time, row.loss, row.spread) for row in rows if row.step_time is not None}
     if timed:
         plot_tradeoff(timed, f"step time over that of {reference}", out / "loss_by_time.png")
+    best = {row.row: out / row.best.name / "metrics.jsonl" for row in rows}
+    recorded = {row: path for row, path in best.items() if path.is_file()}
+    if recorded:
+        plot_curves(recorded, out / "curves.png")

@@ -58,6 +58,7 @@ class LadderRunner:
         at_once: trials on one device at a time.
         deadline: no trial starts after so many seconds, and those still running then are ended and will be
             repeated; None for no limit.
+        script: what trains, called with a configuration file and overrides.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class LadderRunner:
         devices: list[int],
         at_once: int,
         deadline: float | None,
+        script: Path = PRETRAIN,
     ) -> None:
-        self.path, self.plan, self.output = path, plan, output
+        self.path, self.plan, self.output, self.script = path, plan, output, script
         self.results: dict[Trial, TrialResult] = read_results(output)
         self._end = None if deadline is None else time.monotonic() + deadline
         self._places: SimpleQueue[int | None] = SimpleQueue()
@@ -125,7 +127,7 @@ class LadderRunner:
             shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
             command = [
-                sys.executable, str(PRETRAIN), str(self.path.parent / self.plan.base), *overrides, *more,
+                sys.executable, str(self.script), str(self.path.parent / self.plan.base), *overrides, *more,
                 f"run_dir={folder}", f"optimizer.learning_rate={trial.rate!r}", f"training.seed={trial.seed}",
             ]  # fmt: skip
             if not _finishes(command, Path(f"{folder}.log"), place, remaining):
@@ -138,10 +140,11 @@ class LadderRunner:
     def _keep(self, result: TrialResult) -> None:
         self.results[result.trial] = result
         write_results(self.output, self.results)
-        minutes = (time.monotonic() - self._begun) / 60
+        done = f"{(time.monotonic() - self._begun) / 60:5.1f} min, {len(self.results)} done"
         print(
-            f"[{minutes:5.1f} min, {len(self.results)} done] {result.trial.name}: held out "
-            f"{result.loss:.4f}, {result.seconds_per_step * 1e3:.0f} ms per step, density {_range(result.held_out_density)}",
+            f"[{done}] {result.trial.name}: held out {result.loss:.4f}, "
+            f"{result.seconds_per_step * 1e3:.0f} ms per step, "
+            f"density {_range(result.held_out_density)}",
             flush=True,
         )
 

@@ -146,6 +146,34 @@ def plot_tokens_depth(
     _save(figure, out_png)
 
 
+def plot_curves(metrics: Mapping[str, Path], out_png: str | Path) -> None:
+    """Training loss of several runs over tokens (running mean over 4% of each one's records).
+
+    Args:
+        metrics: each run's metrics.jsonl by the name to show.
+        out_png: where the figure goes, 1350 x 900 pixels.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        DataError: a run has no record of training.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    for name, path in metrics.items():
+        train = read_metrics(path).train
+        losses = _smooth([record["loss"] for record in train])
+        axes.plot([record["tokens"] for record in train], losses, linewidth=1.3, label=name)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("training loss, nats/token")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+    _save(figure, out_png)
+
+
 def plot_tradeoff(
     points: Mapping[str, tuple[float, float, float]], x_label: str, out_png: str | Path
 ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
 from skipmega.errors import TrainingError
+from skipmega.routing.state import warmed_up
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.metrics import (
     RoutingAlarms,
@@ -121,7 +122,7 @@ class TrainingLoop:
                 "router_gradient": [seen.router_gradient[layer] for layer in self.config.routed_layers],
             }
         )
-        for message in self._alarms.check(seen):
+        for message in self._alarms.check(seen, warmed_up(self.config, self.progress.step - 1)):
             self._write({"kind": "alarm", "step": self.progress.step, "message": message})
         self._forget()
 

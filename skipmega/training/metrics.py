@@ -73,9 +73,12 @@ class RoutingAlarms:
         self._targets = config.densities
         self._ringing: set[int] = set()
 
-    def check(self, seen: Averages) -> list[str]:
-        """Messages for layers that have just left the range their target allows."""
-        messages = []
+    def check(self, seen: Averages, warmed: float) -> list[str]:
+        """Messages for layers that have just left the range their target allows; none while the density warms
+        up (``warmed`` < 1), when everybody runs by design."""
+        messages: list[str] = []
+        if warmed < 1:
+            return messages
         for layer, target in self._targets.items():
             share = seen.density[layer]
             state = {share < target * _DEAD: "dead", share > 1 - (1 - target) * _DEAD: "always on"}.get(True)

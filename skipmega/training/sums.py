@@ -74,7 +74,7 @@ class StepSums:
     def keep_router_gradients(self, weights: Mapping[int, nn.Parameter]) -> None:
         """Copy the gradients of this step's routers before the optimizer takes them."""
         self.router_gradients = {
-            layer: weight.grad.float().flatten()
+            layer: weight.grad.float().flatten().clone()
             for layer, weight in weights.items()
             if weight.grad is not None
         }

@@ -121,7 +121,7 @@ def test_without_a_stated_peak_there_is_no_mfu() -> None:
 def alarms_of(config: RunConfig, *histories: list[float]) -> list[list[str]]:
     """Messages at each record; each density of layers 1 and 2."""
     alarms = RoutingAlarms(config)
-    return [alarms.check(saw(density=[0.0, *both, 0.0])) for both in histories]
+    return [alarms.check(saw(density=[0.0, *both, 0.0]), 1.0) for both in histories]
 
 
 def test_an_alarm_names_the_layer_what_it_does_and_the_target() -> None:
@@ -136,6 +136,11 @@ def test_an_alarm_rings_once_and_again_after_it_has_cleared() -> None:
     well, dead, full = [0.5, 0.5], [0.0, 0.5], [1.0, 0.5]
     rung = alarms_of(make_config(density=0.5), well, dead, dead, well, dead, full, well, full)
     assert [len(messages) for messages in rung] == [0, 1, 0, 0, 1, 0, 0, 1]
+
+
+def test_nobody_rings_while_the_density_warms_up() -> None:
+    alarms, full = RoutingAlarms(make_config(density=0.5)), saw(density=[0.0, 1.0, 1.0, 0.0])
+    assert [len(alarms.check(full, warmed)) for warmed in (0.0, 0.875, 1.0)] == [0, 0, 2]
 
 
 def test_layers_ring_each_for_itself() -> None:
