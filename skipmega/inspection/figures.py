@@ -168,6 +168,8 @@ def plot_curves(metrics: Mapping[str, Path], out_png: str | Path) -> None:
     axes.set_xlabel("tokens")
     axes.set_ylabel("training loss, nats/token")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=8)
     _tidy(axes)
