@@ -31,7 +31,8 @@ VARIANTS = {
     },
     "coefficient": {"routing": {"density_control": "coefficient", "coefficient_rate": 2.0}},
     "bias-mlp": {
-        "routing": {"router": "sigmoid", "density_control": "bias", "bias_rate": 1.0, "wrap": "mlp"}
+        "routing": {"router": "sigmoid", "density_control": "bias", "bias_rate": 1.0, "wrap": "mlp"},
+        "training": RANK_BY_RANK,
     },
     "random-attention": {"routing": {"router": "random", "wrap": "attention", "density": 0.3}},
     "warmup": {"routing": {"router": "quantile", "density_warmup_steps": 2}, "training": RANK_BY_RANK},

@@ -31,7 +31,8 @@ class Shape:
 @dataclass(frozen=True)
 class Rule:
     """The fields of RoutingConfig, defaults filled in; ``capacity`` slots of each group, None is dropless;
-    ``dense``: skipped tokens too teach the router."""
+    ``dense``: skipped tokens too teach the router; ``centred``: the threshold follows the scores, so the mean
+    of their gradient is taken out."""
 
     router: str
     update_weight: str
@@ -45,6 +46,7 @@ class Rule:
     keys_values: str = "all"
     router_input: str = "normed"
     dense: bool = False
+    centred: bool = False
     quantile_from: str = "batch"
     stand_in: str = "score"
     stand_in_weight: float = 0.0
@@ -111,6 +113,9 @@ def run_layer(
 def choose(read: Tokens, w: Weights, rule: Rule, noise: Tensor | None) -> Choice:
     logits = {at: router_logits(token, w, rule) for at, token in read.items()}
     score = {at: both[1] - both[0] for at, both in logits.items()}
+    if rule.centred:
+        mean = torch.stack(list(score.values())).mean()
+        score = {at: of_token - gradient_only(mean) for at, of_token in score.items()}
     stand_in = {at: predict(read[at], w) if rule.stand_in == "predictor" else score[at] for at in read}
     if rule.router in ("gumbel", "sigmoid", "random", "fixed_input"):
         drawn = {at: 0.0 if noise is None else float(noise[at]) for at in read}

@@ -28,6 +28,7 @@ EVERYBODY, NOBODY = -50.0, 50.0  # thresholds
 ROUTERS: dict[str, dict[str, Any]] = {
     "gumbel": {"router": "gumbel"},
     "sigmoid": {"router": "sigmoid"},
+    "sigmoid-bias": {"router": "sigmoid", "density_control": "bias"},
     "quantile": {"router": "quantile"},
     "quantile-running": {"router": "quantile", "quantile_from": "running"},
     "topk": {"router": "topk"},
@@ -146,9 +147,12 @@ def rule_of(config: RunConfig, case: Case) -> Rule:
         capacity = math.ceil(round(density * group_size, 6))
     elif case.factor is not None:
         capacity = max(math.ceil(round(case.factor * density * group_size, 6)), routing.min_capacity)
+    weight = routing.update_weight or OWN_WEIGHTS.get(routing.router, "straight_through")
+    ranked = routing.router in ("quantile", "topk")
     return Rule(
         router=routing.router,
-        update_weight=routing.update_weight or OWN_WEIGHTS.get(routing.router, "straight_through"),
+        update_weight=weight,
+        centred=routing.density_control == "bias" or (ranked and weight == "straight_through"),
         density=density,
         group_size=group_size,
         capacity=capacity,
@@ -296,7 +300,7 @@ def test_updates_are_weighted_and_teach_the_router(
     ],
     ids=["raw", "bias", "raw-bias-hot"],
 )
-@pytest.mark.parametrize("router", ["gumbel", "sigmoid", "quantile", "topk-predictor", "highway"])
+@pytest.mark.parametrize("router", ["gumbel", "sigmoid-bias", "quantile", "topk-predictor", "highway"])
 def test_the_score_may_be_of_raw_input_and_have_a_bias(
     grid: ParallelGrid, router: str, options: dict[str, Any]
 ) -> None:
