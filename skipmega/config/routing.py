@@ -65,8 +65,9 @@ class RoutingConfig(Section):
     the optimizer's rate. ``temperature`` divides score plus noise and runs linearly to ``final_temperature``.
 
     **Gradient.** ``update_weight``: executed updates are added as they are, with the probability's gradient
-    (``straight_through``), or times sigmoid(score) (``score``) or twice that (``twice_score``). ``gradient:
-    dense`` computes every token and masks, so that skipped ones too teach the router.
+    (``straight_through``; its mean over the micro-batch is taken out where the threshold follows the
+    scores), or times sigmoid(score) (``score``) or twice that (``twice_score``). ``gradient: dense`` computes
+    every token and masks, so that skipped ones too teach the router.
 
     **Density control** (of gumbel, sigmoid and fixed_input; the others hold their density by construction):
     ``penalty``, ``density_loss_weight`` times the squared error of each layer, summed (its density is that
@@ -105,7 +106,7 @@ class RoutingConfig(Section):
     density_loss_weight: float = Field(0.1, ge=0)
     coefficient_rate: float = Field(0.01, gt=0)
     dead_band: float = Field(0.01, ge=0)
-    bias_rate: float = Field(0.1, gt=0)
+    bias_rate: float = Field(0.5, gt=0)
     density_warmup_steps: int = Field(0, ge=0)
     z_loss_weight: float = Field(0.0, ge=0)
     group_size: int | None = Field(None, ge=1)
@@ -134,6 +135,17 @@ class RoutingConfig(Section):
         return self.router not in (*_UNLEARNED, "fixed_input")
 
     @property
+    def centres_gradient(self) -> bool:
+        """Whether the mean over the micro-batch is taken out of the gradient of the scores.
+
+        The loss asks to execute more (or less) on the whole, whatever the tokens. A penalty answers; where
+        the threshold follows the scores instead, they would drift without end, and faster than it can follow,
+        since Adam makes steps of full size of the smallest gradients.
+        """
+        ranked = self.router in ("quantile", "topk") and self.weight_of_updates == "straight_through"
+        return ranked or self.control == "bias"
+
+    @property
     def draws_in_evaluation(self) -> bool:
         """Whether evaluation needs a coin: the router doesn't read the token."""
         return self.router in ("random", "fixed_input")
@@ -150,6 +162,13 @@ class RoutingConfig(Section):
             raise ValueError(
                 f"density_control={self.density_control} has nothing to do for router={router}, which holds "
                 f"its density by construction: leave it out, or choose a router of {', '.join(_CONTROLLED)}"
+            )
+        if self.router_bias and router in _UNLEARNED:
+            raise ValueError(f"router_bias=true gives router={router} something to learn: leave it out")
+        if self.control == "bias" and router == "fixed_input":
+            raise ValueError(
+                "density_control=bias holds the one number that router=fixed_input learns: use penalty or "
+                "coefficient"
             )
         if self.eval_density is not None and router in _WITHOUT_DENSITY:
             raise ValueError(f"eval_density has no meaning for router={router}: leave it out")

@@ -55,6 +55,7 @@ class Router(nn.Module):
         self.kind = routing.router
         self.quantile_from = routing.quantile_from
         self.group_size = routing.group_size
+        self.centres_gradient = routing.centres_gradient
         self.z_loss_weight = routing.z_loss_weight
         self.stand_in_weight = routing.stand_in_weight
         rows = 2 if self.kind == "gumbel" else 1
@@ -81,6 +82,9 @@ class Router(nn.Module):
         """
         logits = self._logits(tokens)
         score = logits[..., -1] - logits[..., 0] if self.kind == "gumbel" else logits[..., 0]
+        if self.centres_gradient:
+            mean = score.mean()
+            score = score - (mean - mean.detach())
         compared = score if self.predictor is None else self.predictor(tokens.detach())
         if self.kind in ("gumbel", "sigmoid", "random", "fixed_input"):
             margin = score - inputs.threshold
