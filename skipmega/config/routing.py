@@ -62,12 +62,15 @@ class RoutingConfig(Section):
     of executed tokens only (Mixture-of-Depths); ``all`` keeps skipped tokens visible as context (SkipLayer).
 
     **Score.** Linear in the ``normed`` or ``raw`` layer input, in fp32; ``router_learning_rate`` multiplies
-    the optimizer's rate. ``temperature`` divides score plus noise and runs linearly to ``final_temperature``.
+    the optimizer's rate; ``z_loss_weight`` is the factor of the mean squared log-partition of the logits
+    (arXiv 2202.08906). The probability of executing is sigmoid((score - threshold + noise) / temperature) for
+    gumbel, sigmoid and the coins, sigmoid(score) for the others. ``temperature`` runs linearly over the run
+    to ``final_temperature``. Routers start at their target density (sigmoid: if its input is normed).
 
     **Gradient.** ``update_weight``: executed updates are added as they are, with the probability's gradient
     (``straight_through``; its mean over the micro-batch is taken out where the threshold follows the
-    scores), or times sigmoid(score) (``score``) or twice that (``twice_score``). ``gradient: dense`` computes
-    every token and masks, so that skipped ones too teach the router.
+    scores), or times the probability (``score``) or twice that (``twice_score``). ``gradient: dense``
+    computes every token and masks, so that skipped ones too teach the router.
 
     **Density control** (of gumbel, sigmoid and fixed_input; the others hold their density by construction):
     ``penalty``, ``density_loss_weight`` times the squared error of each layer, summed (its density is that
@@ -76,14 +79,15 @@ class RoutingConfig(Section):
     ``coefficient_rate`` outside ``dead_band`` (arXiv 2506.21103); ``bias``, a threshold that integrates it at
     ``bias_rate`` (after arXiv 2412.19437). ``density_warmup_steps`` starts at density 1. ``eval_density``
     moves the thresholds of evaluation so that another share executes, without training anew; running
-    quantiles of the scores, updated at ``running_rate`` per step, tell where they lie.
+    quantiles of the scores, updated at ``running_rate`` per step, tell where they lie. Without it gumbel
+    evaluates as in the paper, without noise: far from its target at first if that is not 0.5.
 
     **Capacity.** Groups of ``group_size`` tokens (left out: the whole sequence) have
-    ``ceil(capacity_factor * density * group_size)`` slots, at least ``min_capacity``; null is dropless
-    (``eval_capacity_factor`` is evaluation's).
+    ``ceil(capacity_factor * density * group_size)`` slots, at least ``min_capacity``; null is dropless.
+    ``eval_capacity_factor`` is evaluation's, of ``eval_density``. top-k fills exactly its share in training.
     """
 
-    router: RouterName = "gumbel"
+    router: RouterName = "quantile"
     wrap: Literal["layer", "mlp", "attention"] = "layer"
     density: Density = 0.5
     eval_density: Density | None = None
@@ -99,7 +103,7 @@ class RoutingConfig(Section):
     update_weight: UpdateWeight | None = None
     gradient: Literal["packed", "dense"] = "packed"
     quantile_from: Literal["batch", "running"] = "batch"
-    running_rate: float = Field(0.05, gt=0, le=1)
+    running_rate: float = Field(0.2, gt=0, le=1)
     stand_in: Literal["score", "predictor"] = "score"
     stand_in_weight: float = Field(0.01, ge=0)
     density_control: DensityControl | None = None

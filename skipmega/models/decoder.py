@@ -83,9 +83,12 @@ class DecoderStage(nn.Module):
             grid=grid,
         )
         layers = stage_layers(model.num_layers, grid.pipeline.size, grid.pipeline.rank)
+        densities, eval_densities = config.densities, config.eval_densities or {}
         self.layers = nn.ModuleDict(
             {
-                str(number): DecoderLayer(config, config.densities.get(number), self.config, grid.tensor)
+                str(number): DecoderLayer(
+                    config, densities.get(number), eval_densities.get(number), self.config, grid.tensor
+                )
                 for number in range(layers.first, layers.end)
             }
         )

@@ -62,12 +62,18 @@ class DecoderLayer(nn.Module):
     Args:
         config: the run's configuration.
         density: target share of tokens that execute; None for a dense layer.
+        eval_density: the same in evaluation; None as in training.
         megatron: what megatron-core's layers need to know.
         axis: the tensor axis.
     """
 
     def __init__(
-        self, config: RunConfig, density: float | None, megatron: TransformerConfig, axis: Axis
+        self,
+        config: RunConfig,
+        density: float | None,
+        eval_density: float | None,
+        megatron: TransformerConfig,
+        axis: Axis,
     ) -> None:
         super().__init__()
         model = config.model
@@ -77,6 +83,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(model, megatron, axis)
         self.router = None if density is None else Router(config.routing, model.hidden_size)
         self.density = 1.0 if density is None else density
+        self.eval_density = self.density if eval_density is None else eval_density
         self.routing = config.routing
 
     def forward(self, hidden: Tensor, inputs: RouterInputs | None, context: LayerContext) -> LayerResult:
@@ -101,7 +108,7 @@ class DecoderLayer(nn.Module):
         if self.routing.wrap == "mlp":
             hidden = hidden + self._attend(normed, context)
             normed = self.mlp_norm(hidden)
-        density = 1 - (1 - self.density) * context.warmed
+        density = 1 - (1 - self.density) * context.warmed if self.training else self.eval_density
         decision = self.router(hidden if self.routing.router_input == "raw" else normed, inputs, density)
         plan = self._plan(decision.execute, density, context)
         if self.routing.computes_all:

@@ -13,6 +13,7 @@ from skipmega.errors import TrainingError
 from skipmega.routing.state import warmed_up
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.metrics import (
+    HeldOutAlarms,
     RoutingAlarms,
     StepTimer,
     peak_memory_gib,
@@ -67,6 +68,7 @@ class TrainingLoop:
         self.end = config.training.stop_after or config.training.steps
         self._timer = StepTimer()
         self._alarms = RoutingAlarms(config)
+        self._held_out_alarms = HeldOutAlarms(config)
         self._forget()
 
     def run(self) -> None:
@@ -122,8 +124,7 @@ class TrainingLoop:
                 "router_gradient": [seen.router_gradient[layer] for layer in self.config.routed_layers],
             }
         )
-        for message in self._alarms.check(seen, warmed_up(self.config, self.progress.step - 1)):
-            self._write({"kind": "alarm", "step": self.progress.step, "message": message})
+        self._alarm(self._alarms.check(seen, warmed_up(self.config, self.progress.step - 1)))
         self._forget()
 
     def evaluate(self) -> None:
@@ -138,6 +139,7 @@ class TrainingLoop:
             seen = self.engine.evaluate(held_out, micro_batches, self.progress.step)
             routing = routing_numbers(self.config, seen)
             self._write({"kind": "eval", "step": self.progress.step, "loss": seen.loss, **routing})
+            self._alarm(self._held_out_alarms.check(seen))
 
         self._aside(measure)
 
@@ -150,6 +152,10 @@ class TrainingLoop:
         self._timer.pause()
         work()
         self._timer.resume()
+
+    def _alarm(self, messages: list[str]) -> None:
+        for message in messages:
+            self._write({"kind": "alarm", "step": self.progress.step, "message": message})
 
     def _write(self, record: dict[str, Any]) -> None:
         for sink in self.sinks:

@@ -11,6 +11,7 @@ from skipmega.models.flops import training_flops_per_token
 from skipmega.training.sums import Averages
 
 TERA = 1e12
+_HELD_OUT_TOLERANCE = 0.15
 _DEAD = 0.02  # of the target, or of its distance from 1
 
 
@@ -91,6 +92,27 @@ class RoutingAlarms:
                     f"{target:.1%}; its router no longer decides anything"
                 )
         return messages
+
+
+class HeldOutAlarms:
+    """Tells, once, that evaluation executes another share than it should."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._targets = config.eval_densities or config.densities
+        self._told = False
+
+    def check(self, seen: Averages) -> list[str]:
+        """A message about the layer that is furthest off, at the first evaluation where one is."""
+        errors = {layer: abs(seen.density[layer] - target) for layer, target in self._targets.items()}
+        worst = max(errors, key=lambda layer: errors[layer], default=None)
+        if worst is None or self._told or errors[worst] <= _HELD_OUT_TOLERANCE:
+            return []
+        self._told = True
+        return [
+            f"layer {worst} executes {seen.density[worst]:.1%} of the held-out tokens, its target is "
+            f"{self._targets[worst]:.1%}: the held-out loss is that of another density than was trained; "
+            "routing.eval_density moves the thresholds of evaluation to a density"
+        ]
 
 
 def speed_numbers(

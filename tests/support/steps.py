@@ -39,7 +39,7 @@ def tiny_config(overrides: dict[str, dict[str, Any]] | None = None) -> RunConfig
             "vocab_size": VOCABULARY,
             "init_std": 0.2,
         },
-        "routing": {"density_loss_weight": 1.0, "group_size": 16, "capacity_factor": 1.1},
+        "routing": {"router": "gumbel", "density_loss_weight": 1.0, "group_size": 16, "capacity_factor": 1.1},
         "data": {"sequence_length": LENGTH},
         "training": {
             "global_batch_size": GLOBAL_BATCH,

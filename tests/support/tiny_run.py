@@ -58,7 +58,7 @@ def write_tiny_run(folder: Path) -> Path:
             "ffn_hidden_size": 64,
             "init_std": 0.2,  # large enough that a wrong weight shows in the logits
         },
-        "routing": {"density_loss_weight": 1.0, "group_size": 16},
+        "routing": {"router": "gumbel", "density_loss_weight": 1.0, "group_size": 16},
         "data": {
             "tokenizer": str(folder / "tokenizer.model"),
             "train": [{"path": str(folder / "data")}],

@@ -235,7 +235,7 @@ def kept_for_backward(config: RunConfig, grid: ParallelGrid) -> float:
 
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "dense-swiglu": {"routing": DENSE, "model": {"activation": "swiglu", "num_key_value_heads": 2}},
-    "gumbel": {"routing": {"density": 0.5}},
+    "gumbel": {"routing": {"router": "gumbel", "density": 0.5}},
     "executed-keys": {"routing": {"router": "topk", "keys_values": "executed", "density": 0.25}},
     "mlp": {"routing": {"wrap": "mlp", "density": 0.25}},
     "attention": {"routing": {"wrap": "attention", "density": 0.25}},
