@@ -253,7 +253,10 @@ def test_a_grid_that_does_not_fit(
     ("overrides", "message"),
     [
         (["model.num_layers=4"], "run_dir=run holds another run: model.num_layers is 3 there and 4 here; "),
-        (["routing.router=always"], "routing.router is 'gumbel' there and 'always' here; choose another run"),
+        (
+            ["routing.router=always"],
+            "routing.router is 'quantile' there and 'always' here; choose another run",
+        ),
         (["training.seed=7"], "run_dir=run holds another run: training.seed is 1234 there and 7 here; "),
         (["checkpoint.resume=never"], "run_dir=run already holds a run: choose another run_dir, or check"),
         (["run_dir=notes"], "run_dir=notes is not empty and holds no run (found to_do.txt): choose another"),

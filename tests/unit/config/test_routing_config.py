@@ -177,6 +177,14 @@ def test_a_list_names_each_routed_layer(field: str) -> None:
             ["keys_values=executed packs whole sequences", "a router other than highway"],
         ),
         (
+            {"router": "fixed_input", "density_control": "bias"},
+            ["density_control=bias", "router=fixed_input", "use penalty or coefficient"],
+        ),
+        *(
+            ({"router": router, "router_bias": True}, ["router_bias=true", f"router={router}", "leave it"])
+            for router in ("random", "always", "never")
+        ),
+        (
             {"wrap": "mlp", "router_input": "raw"},
             ["router_input=raw is the layer's input", "wrap=mlp does not see", "use normed"],
         ),
@@ -193,7 +201,8 @@ def test_fields_that_do_not_fit_together_are_refused(routing: dict[str, Any], pa
     "routing",
     [
         *({"router": router, "density_control": control}
-          for router in CONTROLLED for control in ("penalty", "coefficient", "bias", "none")),
+          for router in CONTROLLED for control in ("penalty", "coefficient", "bias", "none")
+          if (router, control) != ("fixed_input", "bias")),
         *({"router": router, "density_control": "none"} for router in OTHERS),
         *({"router": router, "eval_density": 0.5}
           for router in ("gumbel", "sigmoid", "quantile", "topk", "random", "fixed_input")),

@@ -24,7 +24,11 @@ MODEL = {
 
 def make_config(routing: Mapping[str, Any] | None = None, **model: Any) -> RunConfig:
     """A small run with the given fields of its model and routing sections."""
-    values = {"model": {**MODEL, **model}, "routing": dict(routing or {}), "data": {"sequence_length": 32}}
+    values = {
+        "model": {**MODEL, **model},
+        "routing": {"router": "gumbel", **(routing or {})},
+        "data": {"sequence_length": 32},
+    }
     return build_config(values, source="the test")
 
 

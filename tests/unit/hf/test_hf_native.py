@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fixed_input, dial": ({"router": "fixed_input", "wrap": "mlp", "eval_density": 0.3}, GROUPED),
     "highway": ({"router": "highway", "router_bias": True}, GROUPED),
     "highway, raw attention": ({"router": "highway", "wrap": "attention", "router_input": "raw"}, {}),
-    "never": ({"router": "never", "wrap": "mlp", "router_bias": True}, {}),
+    "never": ({"router": "never", "wrap": "mlp"}, {}),
     "never any layer": ({"router": "never"}, {}),
     "dense gradient": ({"router": "sigmoid", "gradient": "dense", "update_weight": "twice_score"}, GROUPED),
     "everybody": ({"router": "random", "eval_density": 1.0}, {}),

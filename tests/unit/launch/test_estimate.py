@@ -37,6 +37,7 @@ def make_config(**sections: dict[str, Any]) -> RunConfig:
             "num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": 4, "ffn_hidden_size": INNER,
             "vocab_size": VOCABULARY,
         },
+        "routing": {"router": "gumbel"},
         "data": {"sequence_length": 16},
         "training": {
             "steps": 10, "micro_batch_size": 2, "global_batch_size": 64, "eval_sequences": 16,

@@ -106,7 +106,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, resume: str) -> N
     [
         ("model", "hidden_size", 1536, "768"),
         ("model", "tie_embeddings", False, "True"),
-        ("routing", "router", "always", "'gumbel'"),
+        ("routing", "router", "always", "'quantile'"),
         ("routing", "dense_first", 0, "1"),
         ("routing", "dense_last", 2, "1"),
         ("routing", "every", 2, "1"),
@@ -140,7 +140,7 @@ def test_another_run_is_refused_by_the_field_that_differs(
         ("optimizer", "learning_rate", 0.5),
         ("routing", "density", 0.25),
         ("routing", "eval_density", {"first": 0.25, "last": 0.5}),
-        ("routing", "density_control", "bias"),
+        ("routing", "eval_density", 0.25),
         ("routing", "update_weight", "score"),
         ("routing", "group_size", 64),
         ("routing", "router_learning_rate", 2.0),

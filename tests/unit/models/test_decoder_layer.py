@@ -56,8 +56,8 @@ def make_config(routing: dict[str, Any] | None = None, **model: Any) -> RunConfi
                 "vocab_size": 64, "init_std": 0.3, **model,
             },
             "routing": {
-                "group_size": GROUP, "density": 0.5, "temperature": 0.8, "z_loss_weight": 0.3,
-                "stand_in_weight": 0.4, **(routing or {}),
+                "router": "gumbel", "group_size": GROUP, "density": 0.5, "temperature": 0.8,
+                "z_loss_weight": 0.3, "stand_in_weight": 0.4, **(routing or {}),
             },
             "data": {"sequence_length": LENGTH},
         },

@@ -20,7 +20,7 @@ def make_stage(grid: ParallelGrid, tie: bool = True, **routing: Any) -> tuple[De
         "num_layers": 4, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 24,
         "vocab_size": VOCABULARY, "tie_embeddings": tie, "init_std": 0.3,
     }  # fmt: skip
-    config = build_config({"model": model, "routing": routing}, source="test")
+    config = build_config({"model": model, "routing": {"router": "gumbel", **routing}}, source="test")
     stage = DecoderStage(config, grid)
     return stage, RoutingState(config, stage.routed_layers, grid.device)
 

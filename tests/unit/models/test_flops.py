@@ -59,7 +59,10 @@ def make_config(name: str, density: Any = 0.5, **model: Any) -> RunConfig:
                 "num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": 4, "ffn_hidden_size": 40,
                 "vocab_size": 96, **sections.get("model", {}), **model,
             },
-            "routing": {"density": density, "capacity_factor": None, **sections.get("routing", {})},
+            "routing": {
+                "router": "gumbel", "density": density, "capacity_factor": None,
+                **sections.get("routing", {}),
+            },
             "data": {"sequence_length": LENGTH},
         },
         source="test",

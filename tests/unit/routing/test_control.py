@@ -25,7 +25,10 @@ NO_SCORES = torch.zeros(LAYERS, 8, 2)
 
 def make_config(**routing: Any) -> RunConfig:
     model = {"num_layers": LAYERS + 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 64}
-    return build_config({"model": model, "routing": routing, "training": {"steps": 10_000}}, source="test")
+    return build_config(
+        {"model": model, "routing": {"router": "gumbel", **routing}, "training": {"steps": 10_000}},
+        source="test",
+    )
 
 
 def make_controller(config: RunConfig, mean: Callable[[Tensor], Tensor] | None = None) -> DensityController:

@@ -17,7 +17,7 @@ LENGTH, BATCH, HIDDEN, TEMPERATURE = 12, 3, 8, 0.7
 
 
 def make_router(hidden: int = HIDDEN, **routing: Any) -> Router:
-    router = Router(RoutingConfig(**routing), hidden)
+    router = Router(RoutingConfig.model_validate({"router": "gumbel", **routing}), hidden)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -110,7 +110,7 @@ PARAMETERS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_router_has_the_parameters_it_is_said_to_have(kind: str) -> None:
     """``never`` reads nothing, and has none."""
-    routing = RoutingConfig(**KINDS[kind])
+    routing = RoutingConfig.model_validate({"router": "gumbel", **KINDS[kind]})
     expected = PARAMETERS.get(kind, 0)
     assert Router.parameter_count(routing, 100) == expected
     assert sum(p.numel() for p in Router(routing, 100).parameters()) == expected

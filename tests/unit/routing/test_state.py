@@ -21,7 +21,10 @@ DENSITIES = [0.1, 0.25, 0.5, 0.8, 0.95]
 
 def make_config(steps: int = 100, **routing: Any) -> RunConfig:
     model = {"num_layers": LAYERS + 2, "hidden_size": HIDDEN, "num_attention_heads": 4, "vocab_size": 64}
-    return build_config({"model": model, "routing": routing, "training": {"steps": steps}}, source="test")
+    return build_config(
+        {"model": model, "routing": {"router": "gumbel", **routing}, "training": {"steps": steps}},
+        source="test",
+    )
 
 
 def make_state(config: RunConfig) -> RoutingState:
