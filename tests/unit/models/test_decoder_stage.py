@@ -97,3 +97,11 @@ def test_the_layers_asked_for_are_routed(
     inputs = state.for_training(0, NoiseKey(0, torch.arange(2)), LENGTH)
     assert list(stage(random_tokens(2), LayerContext(None, None), inputs).records) == routed
     assert list(stage.router_weights()) == routed
+
+
+@pytest.mark.parametrize(("training", "slots"), [(True, 3), (False, 9)])
+def test_capacity_follows_the_density_that_is_wanted(grid: ParallelGrid, training: bool, slots: int) -> None:
+    stage, state = make_stage(grid, density=0.25, eval_density=0.75)
+    inputs = state.for_evaluation(0, 2, LENGTH)
+    output = stage.train(training)(random_tokens(2), LayerContext(None, 1.0), inputs)
+    assert {record.slots for record in output.records.values()} == {slots * 2}

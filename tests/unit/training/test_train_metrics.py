@@ -9,6 +9,7 @@ from skipmega.config import RunConfig, build_config
 from skipmega.models.flops import training_flops_per_token
 from skipmega.training import metrics
 from skipmega.training.metrics import (
+    HeldOutAlarms,
     RoutingAlarms,
     StepTimer,
     executed_shares,
@@ -191,3 +192,22 @@ def test_the_timer_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPat
 
 def test_peak_memory_is_this_process_s() -> None:
     assert 0.05 < peak_memory_gib(torch.device("cpu")) < 64
+
+
+def test_a_held_out_density_far_from_its_target_is_told_once() -> None:
+    alarms = HeldOutAlarms(make_config(density=0.25))
+    near, far = saw(density=[0.0, 0.3, 0.12, 0.0]), saw(density=[0.0, 0.2, 0.01, 0.0])
+    assert alarms.check(near) == []
+    (message,) = alarms.check(far)
+    for part in ("layer 2 executes 1.0% of the held-out", "its target is 25.0%", "routing.eval_density"):
+        assert part in message
+    assert alarms.check(far) == []
+
+
+def test_a_held_out_density_is_held_against_the_one_of_evaluation() -> None:
+    alarms = HeldOutAlarms(make_config(density=0.25, eval_density=0.75))
+    assert alarms.check(saw(density=[0.0, 0.75, 0.75, 0.0])) == []
+
+
+def test_a_dense_model_has_no_density_to_hold() -> None:
+    assert HeldOutAlarms(make_config(router="always")).check(saw()) == []
