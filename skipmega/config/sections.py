@@ -133,7 +133,10 @@ class TrainingConfig(Section):
     """Length and batch of the run. Batches in sequences, the length in optimizer steps.
 
     ``stop_after`` ends the process cleanly after that step (a checkpoint is saved) although the run is
-    longer: its schedule and data order are those of the whole run, and resuming continues it.
+    longer: its schedule and data order are those of the whole run, and resuming continues it. ``recompute``
+    runs a part of each layer again in backward in place of keeping what it needs: ``attention`` (its
+    projections too), ``mlp`` (the feed-forward network with its norm), or the layer in ``full``; decisions
+    and gradients are the same.
     """
 
     steps: int = Field(1000, ge=1)
@@ -142,6 +145,7 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    recompute: Literal["none", "attention", "mlp", "full"] = "none"
     seed: int = Field(1234, ge=0)
     eval_interval: int = Field(100, ge=0)
     eval_sequences: int = Field(64, ge=1)

@@ -175,7 +175,7 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     adamw = config.optimizer.name == "adamw"
     in_flight = min(parallel.pipeline_parallel - stage, config.micro_batches)
     is_last = stage == parallel.pipeline_parallel - 1
-    activations = sum(_layer_activations(config, layer) for layer in _stage_layers(config, stage))
+    activations = _stage_activations(config, stage)
     # of Adafactor's moments nothing is left but rows and columns; its step holds directions beside gradients
     logits = _tokens(config) * config.vocab_size / parallel.tensor_parallel if is_last else 0.0
     update = max(
@@ -188,7 +188,7 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
         weights=weights * size,
         gradients=weights * size,
         optimizer=weights * (3 if adamw else 1) * _MASTER / replicas,
-        activations=in_flight * activations,
+        activations=in_flight * activations + _recomputed(config, stage),
         logits=logits * _logit_bytes(config),
         update=update,
     )
@@ -208,12 +208,29 @@ def _stage_parameters(config: RunConfig, stage: int) -> float:
     return count + tables * table + (model.hidden_size if stage == last else 0)
 
 
-def _layer_activations(config: RunConfig, layer: int) -> float:
+def _stage_activations(config: RunConfig, stage: int) -> float:
+    """Bytes that a stage keeps of one micro-batch for backward."""
+    layers = _stage_layers(config, stage)
+    if config.training.recompute == "full":
+        return len(layers) * _tokens(config) * config.model.hidden_size * _element_size(config)
+    return sum(_layer_activations(config, layer, config.training.recompute) for layer in layers)
+
+
+def _recomputed(config: RunConfig, stage: int) -> float:
+    """Bytes of the layer that is run again in backward, of which there is one at a time."""
+    if config.training.recompute == "none":
+        return 0.0
+    layers = _stage_layers(config, stage)
+    return max(_layer_activations(config, layer, "none") for layer in layers)
+
+
+def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
     """Bytes that one layer keeps of one micro-batch for backward, on one tensor-parallel rank.
 
     What torch's min-cut partitioner keeps: the layer's input, the inputs of all matrix products (the
     router's in fp32), queries, keys, values, attention's output and the feed-forward network before and
-    after its activation. Masks are not made, small things are left out.
+    after its activation. Masks are not made, small things are left out. Of what ``recompute`` names, only the
+    input is kept.
     """
     model, routing, tensor = config.model, config.routing, config.parallel.tensor_parallel
     hidden, ffn = model.hidden_size, model.ffn_size / tensor
@@ -224,9 +241,9 @@ def _layer_activations(config: RunConfig, layer: int) -> float:
     packs_queries = packs_queries and routing.wrap != "mlp"
     inner = 3 if model.activation == "swiglu" else 2
     widths = LayerParts(
-        keys_values=hidden + 2 * kv_heads,
-        queries=3 * heads + packs_queries * hidden,
-        mlp=(1 + routed) * hidden + inner * ffn,
+        keys_values=hidden + (recompute != "attention") * 2 * kv_heads,
+        queries=(recompute != "attention") * 3 * heads + packs_queries * hidden,
+        mlp=(1 + routed) * hidden + (recompute != "mlp") * inner * ffn,
     )
     rows = part_shares(config, _computed_share(config, layer))
     kept = hidden + sum(width * share for width, share in zip(widths, rows, strict=True))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from megatron.core.enums import ModelType
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skipmega.config import RunConfig
 from skipmega.models.initialization import initialize
@@ -73,6 +74,7 @@ class DecoderStage(nn.Module):
         model = config.model
         self.grid = grid
         self.model = model
+        self.recompute_layers = config.training.recompute == "full"
         self.tied = model.tie_embeddings
         self.dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.config = megatron_config(
@@ -165,11 +167,22 @@ class DecoderStage(nn.Module):
         context = replace(context, rotary=table)
         records = {}
         for name, layer in self.layers.items():
-            run = self._compiled.get(name, layer) if self.training else layer
-            hidden, record = run(hidden, inputs.get(int(name)), context)
+            hidden, record = self._run(name, layer, hidden, inputs.get(int(name)), context)
             if record is not None:
                 records[int(name)] = record
         return StageOutput(hidden=hidden, records=records)
+
+    def _run(
+        self, name: str, layer: nn.Module, hidden: Tensor, inputs: RouterInputs | None, context: LayerContext
+    ) -> LayerResult:
+        if not self.training:
+            result: LayerResult = layer(hidden, inputs, context)
+            return result
+        run = self._compiled.get(name, layer)
+        if not self.recompute_layers:
+            return run(hidden, inputs, context)
+        result = checkpoint(run, hidden, inputs, context, use_reentrant=False, preserve_rng_state=False)
+        return result
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each token on the last stage: [s, b, hidden], [b, s] to [s, b] float32, nats."""

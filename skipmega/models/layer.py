@@ -5,12 +5,14 @@ route, plan, dispatch (pack the executed tokens), run, combine (write back). Key
 tokens, so a skipped token stays visible as context, unless ``routing.keys_values`` says otherwise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skipmega.config import RunConfig
 from skipmega.kernels.attention import AttentionBackend
@@ -85,6 +87,7 @@ class DecoderLayer(nn.Module):
         self.density = 1.0 if density is None else density
         self.eval_density = self.density if eval_density is None else eval_density
         self.routing = config.routing
+        self.recompute = config.training.recompute
 
     def forward(self, hidden: Tensor, inputs: RouterInputs | None, context: LayerContext) -> LayerResult:
         """Run the layer.
@@ -103,7 +106,7 @@ class DecoderLayer(nn.Module):
         normed = self.attention_norm(hidden)
         if self.router is None:
             middle = hidden + self._attend(normed, context)
-            return middle + self.mlp(self.mlp_norm(middle)), None
+            return middle + self._feed_forward(middle), None
         assert inputs is not None
         if self.routing.wrap == "mlp":
             hidden = hidden + self._attend(normed, context)
@@ -116,7 +119,7 @@ class DecoderLayer(nn.Module):
         else:
             out = self._pack(hidden, normed, decision, plan, context)
         if self.routing.wrap == "attention":
-            out = out + self.mlp(self.mlp_norm(out))
+            out = out + self._feed_forward(out)
         rows = decision.execute.numel() if self.routing.computes_all else plan.rows.numel()
         record = RoutingRecord(
             chosen=decision.straight_through(),
@@ -131,8 +134,8 @@ class DecoderLayer(nn.Module):
     def _plan(self, execute: Tensor, density: float, context: LayerContext) -> PackingPlan:
         group_size = self.routing.group_size or execute.shape[0]
         factor = context.capacity_factor
-        if self.training and self.routing.router == "topk":
-            factor = 1.0
+        if self.routing.router == "highway" or (self.training and self.routing.router == "topk"):
+            factor = 1.0  # exactly those who were chosen
         if factor is None:
             return make_plan(execute, group_size, None)
         capacity = group_capacity(factor, density, group_size, self.routing.min_capacity)
@@ -148,11 +151,11 @@ class DecoderLayer(nn.Module):
             return packed.view(-1, full.shape[1], full.shape[-1])
 
         if self.routing.wrap == "mlp":
-            update = self.mlp(pack(normed))
+            update = self._part("mlp", self.mlp, pack(normed))
         else:
             attended = self._attend_packed(normed, pack(normed), plan, context)
             whole = self.routing.wrap == "layer"
-            update = attended + self.mlp(self.mlp_norm(pack(hidden) + attended)) if whole else attended
+            update = attended + self._feed_forward(pack(hidden) + attended) if whole else attended
         probability = pack(decision.probability.unsqueeze(-1))
         weight = self._weight(probability, torch.ones_like(probability))
         update = update * weight.to(update.dtype)
@@ -161,7 +164,10 @@ class DecoderLayer(nn.Module):
     def _attend(self, normed: Tensor, context: LayerContext) -> Tensor:
         """Every token asks."""
         assert context.rotary is not None
-        return self.attention(normed, context.rotary, None, None, None, context.since, context.attention)
+        since, backend = context.since, context.attention
+        return self._part(
+            "attention", self.attention, normed, context.rotary, None, None, None, since, backend
+        )
 
     def _attend_packed(
         self, normed: Tensor, packed: Tensor, plan: PackingPlan, context: LayerContext
@@ -169,31 +175,45 @@ class DecoderLayer(nn.Module):
         assert context.rotary is not None
         since, rotary, backend = context.since, context.rotary, context.attention
         if self.routing.keys_values == "all":
-            return self.attention(normed, rotary, None, packed, plan.positions, since, backend)
+            asked = (normed, rotary, None, packed, plan.positions, since, backend)
+            return self._part("attention", self.attention, *asked)
         if since is not None:
             # slots are a sequence's executed tokens in order: its documents begin where they do among those
             first = slots_before(plan.kept).gather(0, since.t())
             since = first.gather(0, plan.positions).t()
-        return self.attention(packed, rotary, plan.positions, None, None, since, backend)
+        among = (packed, rotary, plan.positions, None, None, since, backend)
+        return self._part("attention", self.attention, *among)
+
+    def _feed_forward(self, hidden: Tensor) -> Tensor:
+        """Normalise and run the feed-forward network: [..., hidden] to [..., hidden]."""
+        return self._part("mlp", lambda rows: self.mlp(self.mlp_norm(rows)), hidden)
+
+    def _part(self, name: str, part: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Run a part of the layer, again in backward if ``training.recompute`` names it."""
+        if self.recompute != name or not self.training:
+            return part(*arguments)
+        again: Tensor = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return again
 
     def _mask(
         self, hidden: Tensor, normed: Tensor, decision: Decision, plan: PackingPlan, context: LayerContext
     ) -> Tensor:
         """Run every token and mask: nothing is saved, but skipped tokens too teach the router."""
         if self.routing.wrap == "mlp":
-            update = self.mlp(normed)
+            update = self._part("mlp", self.mlp, normed)
         else:
             update = self._attend(normed, context)
             if self.routing.wrap == "layer":
-                update = update + self.mlp(self.mlp_norm(hidden + update))
+                update = update + self._feed_forward(hidden + update)
         probability = decision.probability
         weight = self._weight(probability, plan.kept.float())
         return hidden + update * weight.unsqueeze(-1).to(update.dtype)
 
     def _weight(self, probability: Tensor, kept: Tensor) -> Tensor:
-        """What updates are multiplied by: 0 where not ``kept`` (0 or 1), else 1 or the score; its gradient
-        with
-        respect to the probability is that of the score everywhere."""
+        """What updates are multiplied by: 0 where not ``kept`` (0 or 1), else 1 or the probability.
+
+        Its gradient with respect to the probability is the same for all tokens, kept or not.
+        """
         kind = self.routing.weight_of_updates
         value = kept if kind == "straight_through" else kept * probability.detach()
         weight = value + (probability - probability.detach())

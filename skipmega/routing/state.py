@@ -95,8 +95,7 @@ class RoutingState:
         if routing.router == "random":
             return -torch.logit(share)
         if routing.router == "quantile" or (wanted is not None and routing.scores_tokens):
-            everybody = torch.full_like(share, -math.inf)
-            return torch.where(share < 1, self._quantile(1 - share), everybody)
+            return self._quantile(1 - share)
         if wanted is not None:  # fixed_input: the score is its quantile, the coin's share is wanted
             return self.quantiles[:, LEVELS // 2] - torch.logit(share)
         return self.threshold

@@ -356,3 +356,15 @@ def test_overrides_alone_are_no_configuration(
     with pytest.raises(SystemExit):
         run(script, monkeypatch, "model.num_layers=3")
     assert "name at least one configuration file" in capsys.readouterr().err
+
+
+def test_recomputing_keeps_less_and_one_layer_at_a_time() -> None:
+    kept = {
+        how: memory(make_config(training={"recompute": how})) for how in ("none", "attention", "mlp", "full")
+    }
+    assert kept["full"].activations < min(kept["attention"].activations, kept["mlp"].activations)
+    assert max(kept["attention"].activations, kept["mlp"].activations) < kept["none"].activations
+    inputs = LAYERS * 2 * 16 * HIDDEN * 2  # of all layers, two bytes each
+    (one,) = {memory(make_config(model={"num_layers": 1}, routing={"router": "always"})).activations}
+    dense = memory(make_config(routing={"router": "always"}, training={"recompute": "full"}))
+    assert dense.activations == inputs + one
