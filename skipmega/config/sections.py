@@ -136,7 +136,9 @@ class TrainingConfig(Section):
     longer: its schedule and data order are those of the whole run, and resuming continues it. ``recompute``
     runs a part of each layer again in backward in place of keeping what it needs: ``attention`` (its
     projections too), ``mlp`` (the feed-forward network with its norm), or the layer in ``full``; decisions
-    and gradients are the same.
+    and gradients are the same. ``gradient_precision`` is that in which gradients of a bf16 run are summed
+    over micro-batches and over data ranks: in bf16 what is small beside its sum is lost. Between the two sums
+    and after them DeepSpeed rounds to bf16, once each.
     """
 
     steps: int = Field(1000, ge=1)
@@ -144,6 +146,7 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(4, ge=1)
     global_batch_size: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     recompute: Literal["none", "attention", "mlp", "full"] = "none"
     seed: int = Field(1234, ge=0)

@@ -46,6 +46,9 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.stage: DecoderStage = self._deepspeed.module
+        if sums_in_fp32(config):
+            for parameter in self.stage.parameters():
+                parameter.grad_dtype = torch.float32
         create_moments(self.optimizer, self.stage, config, grid)
         self.routing = RoutingState(config, self.stage.routed_layers, grid.device)
         self._controller = DensityController(self.routing, grid.data.mean)
@@ -158,6 +161,11 @@ class TrainingEngine:
             dist.all_reduce(grad, group=self.grid.embedding)
 
 
+def sums_in_fp32(config: RunConfig) -> bool:
+    """Whether gradients are wider than the bf16 weights they belong to."""
+    return config.training.precision == "bf16" and config.training.gradient_precision == "fp32"
+
+
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings; the pipeline schedule owns the micro-batches, so accumulation is one."""
     replicas = config.parallel.data_parallel or 1
@@ -170,6 +178,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_optimization": {"stage": config.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.training.precision == "bf16"},
+        "communication_data_type": "fp32" if sums_in_fp32(config) else None,
         "steps_per_print": 2**31,
     }
 
