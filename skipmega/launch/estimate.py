@@ -35,12 +35,12 @@ _BUCKET = 500_000_000  # elements that DeepSpeed sets aside for reducing gradien
 class ProcessMemory:
     """Bytes on one process of pipeline stage ``stage`` (0-based), the stage that needs most.
 
-    ``weights`` and ``gradients`` in the run's precision (ZeRO 2 saves none of the latter: a whole step's pile
-    up before they are reduced). ``optimizer``: fp32 weights and moments, its share over the data-parallel
-    ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up to half as
-    much again, and masks), and ``logits`` with their gradients. ``update``: what reducing gradients,
-    updating weights or evaluating need, when the activations are gone. What libraries and communication
-    allocate is left out.
+    ``weights`` in the run's precision, ``gradients`` in theirs (ZeRO 2 saves none of the latter: a whole
+    step's pile up before they are reduced). ``optimizer``: fp32 weights and moments, its share over the
+    data-parallel ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up
+    to half as much again, and masks), and ``logits`` with their gradients. ``update``: what reducing
+    gradients, updating weights or evaluating need, when the activations are gone. What libraries and
+    communication allocate is left out.
     """
 
     stage: int
@@ -175,18 +175,19 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     adamw = config.optimizer.name == "adamw"
     in_flight = min(parallel.pipeline_parallel - stage, config.micro_batches)
     is_last = stage == parallel.pipeline_parallel - 1
+    summed = size if config.training.gradient_precision == "bf16" else _MASTER
     activations = _stage_activations(config, stage)
     # of Adafactor's moments nothing is left but rows and columns; its step holds directions beside gradients
     logits = _tokens(config) * config.vocab_size / parallel.tensor_parallel if is_last else 0.0
     update = max(
-        _BUCKET * size,
+        _BUCKET * summed,
         weights * (1 if adamw else 2) * _MASTER / replicas,
         logits * (_EVALUATED_LOGIT + (size if size < _MASTER else 0)),
     )
     return ProcessMemory(
         stage=stage,
         weights=weights * size,
-        gradients=weights * size,
+        gradients=weights * summed,
         optimizer=weights * (3 if adamw else 1) * _MASTER / replicas,
         activations=in_flight * activations + _recomputed(config, stage),
         logits=logits * _logit_bytes(config),
