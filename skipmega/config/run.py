@@ -140,19 +140,6 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
             raise ConfigError(
                 f"{name}={value} is not divisible by parallel.tensor_parallel={tensor}: change one of the two"
             )
-    if model.num_layers % pipeline:
-        raise ConfigError(
-            f"model.num_layers={model.num_layers} is not divisible by "
-            f"parallel.pipeline_parallel={pipeline}: change one of the two"
-        )
-    each = model.num_layers // pipeline
-    idle = [i for i in range(pipeline) if not any(layer // each == i for layer in config.routed_layers)]
-    if config.routing.router_learning_rate != 1.0 and config.routed_layers and idle:
-        raise ConfigError(
-            f"routing.router_learning_rate={config.routing.router_learning_rate} needs a routed layer "
-            f"on every pipeline stage, and stage {idle[0]} of {pipeline} has none: set it to 1, or route "
-            "other layers"
-        )
     per_step = training.micro_batch_size * replicas
     if training.global_batch_size % per_step:
         raise ConfigError(

@@ -4,7 +4,7 @@ Every field states its unit. Validators here check one section by itself; what s
 :mod:`skipmega.config.run`. Unknown keys and wrong types are refused (``extra="forbid"``, strict types).
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,11 +72,16 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The grid. ``data_parallel`` left out is the world size over (tensor x pipeline)."""
+    """The grid. ``data_parallel`` left out is the world size over (tensor x pipeline).
+
+    ``layers_per_stage`` gives the number of layers of every pipeline stage; left out, they are cut so that
+    the dearest stage is as cheap as can be.
+    """
 
     tensor_parallel: int = Field(1, ge=1)
     pipeline_parallel: int = Field(1, ge=1)
     data_parallel: int | None = Field(None, ge=1)
+    layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = None
     zero_stage: Literal[0, 1, 2, 3] = 1
     timeout_minutes: float = Field(30.0, gt=0)
 

@@ -140,6 +140,7 @@ def _on_grid(config: RunConfig, grid: ParallelGrid, precision: str) -> RunConfig
             "tensor_parallel": grid.tensor.size,
             "pipeline_parallel": grid.pipeline.size,
             "data_parallel": grid.data.size,
+            "layers_per_stage": None,
         }
     )
     training = config.training.model_copy(

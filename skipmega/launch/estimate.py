@@ -14,6 +14,7 @@ from skipmega.errors import ConfigError
 from skipmega.models.flops import (
     LayerParts,
     active_parameters,
+    computed_share,
     count_parameters,
     embedding_parameters,
     matrix_parameters,
@@ -21,7 +22,7 @@ from skipmega.models.flops import (
     target_shares,
     training_flops_per_token,
 )
-from skipmega.routing.plan import group_capacity
+from skipmega.models.stages import cut_stages
 from skipmega.routing.router import Router
 
 GIB = 2**30
@@ -199,7 +200,7 @@ def _stage_parameters(config: RunConfig, stage: int) -> float:
     """Weights on one tensor-parallel rank of a stage: matrices cut, norms and routers whole."""
     model, parallel = config.model, config.parallel
     tensor, last = parallel.tensor_parallel, parallel.pipeline_parallel - 1
-    layers = _stage_layers(config, stage)
+    layers = cut_stages(config)[stage]
     routed = sum(layer in layers for layer in config.routed_layers)
     each = sum(matrix_parameters(config)) / tensor + 2 * model.hidden_size
     count = len(layers) * each
@@ -211,7 +212,7 @@ def _stage_parameters(config: RunConfig, stage: int) -> float:
 
 def _stage_activations(config: RunConfig, stage: int) -> float:
     """Bytes that a stage keeps of one micro-batch for backward."""
-    layers = _stage_layers(config, stage)
+    layers = cut_stages(config)[stage]
     if config.training.recompute == "full":
         return len(layers) * _tokens(config) * config.model.hidden_size * _element_size(config)
     return sum(_layer_activations(config, layer, config.training.recompute) for layer in layers)
@@ -221,7 +222,7 @@ def _recomputed(config: RunConfig, stage: int) -> float:
     """Bytes of the layer that is run again in backward, of which there is one at a time."""
     if config.training.recompute == "none":
         return 0.0
-    layers = _stage_layers(config, stage)
+    layers = cut_stages(config)[stage]
     return max(_layer_activations(config, layer, "none") for layer in layers)
 
 
@@ -246,24 +247,11 @@ def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
         queries=(recompute != "attention") * 3 * heads + packs_queries * hidden,
         mlp=(1 + routed) * hidden + (recompute != "mlp") * inner * ffn,
     )
-    rows = part_shares(config, _computed_share(config, layer))
+    rows = part_shares(config, computed_share(config, layer))
     kept = hidden + sum(width * share for width, share in zip(widths, rows, strict=True))
     size = _element_size(config)
     for_router = 4 * hidden if routed and routing.scores_tokens and size < 4 else 0
     return _tokens(config) * (kept * size + for_router)
-
-
-def _computed_share(config: RunConfig, layer: int) -> float:
-    """Rows that a layer computes in training over tokens, padding included, when there are most of them."""
-    routing = config.routing
-    density = config.densities.get(layer)
-    if density is None or routing.computes_all or routing.density_warmup_steps:
-        return 1.0
-    factor = 1.0 if routing.router == "topk" else routing.capacity_factor
-    if factor is None:
-        return density
-    group = routing.group_size or config.data.sequence_length
-    return group_capacity(factor, density, group, routing.min_capacity) / group
 
 
 def _logit_bytes(config: RunConfig) -> int:
@@ -271,12 +259,6 @@ def _logit_bytes(config: RunConfig) -> int:
     if config.training.compile and config.parallel.tensor_parallel == 1:
         return 2 * _element_size(config)
     return _EAGER_LOGIT
-
-
-def _stage_layers(config: RunConfig, stage: int) -> range:
-    """Layers of a stage (``skipmega.models.decoder`` cuts them so; it takes seconds to import)."""
-    each = config.model.num_layers // config.parallel.pipeline_parallel
-    return range(stage * each, (stage + 1) * each)
 
 
 def _tokens(config: RunConfig) -> int:

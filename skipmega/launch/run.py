@@ -17,6 +17,7 @@ from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import ConfigError
 from skipmega.launch.run_folder import RunFolder
 from skipmega.models.flops import count_parameters, training_flops_per_token
+from skipmega.models.stages import cut_stages, stage_costs
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
 from skipmega.parallel.process import ProcessInfo
 from skipmega.training.engine import TrainingEngine
@@ -75,7 +76,9 @@ def resolve(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer]:
     if config.data.tokenizer is None:
         raise ConfigError("data.tokenizer is not set: give the sentencepiece model the data was made with")
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    return resolve_grid(resolve_vocabulary(config, tokenizer.size), world_size), tokenizer
+    config = resolve_grid(resolve_vocabulary(config, tokenizer.size), world_size)
+    cut_stages(config)
+    return config, tokenizer
 
 
 def build_data(config: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
@@ -130,6 +133,14 @@ def _start_records(
     origin = checkpoint.path if checkpoint else "the beginning"
     print(f"grid: {engine.grid.describe()}; ZeRO {config.parallel.zero_stage}; attention: {engine.attention}")
     print(f"model: {parameters / 1e6:.1f}M parameters, {dense:.3g} GFLOPs per token if dense")
+    if engine.grid.pipeline.size > 1:
+        costs = stage_costs(config)
+        shares = ", ".join(
+            f"{len(layers)} layers {cost / sum(costs):.0%}"
+            for layers, cost in zip(cut_stages(config), costs, strict=True)
+        )
+        dearest = max(costs) * len(costs) / sum(costs)
+        print(f"stages: {shares} of the operations, the dearest {dearest:.2f} times the mean")
     print(f"run: {config.run_dir}, attempt {attempt}, from {origin}", flush=True)
     sinks = open_sinks(config)
     for sink in sinks:

@@ -6,7 +6,6 @@ tensor-parallel rank.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from megatron.core.enums import ModelType
@@ -18,6 +17,7 @@ from skipmega.models.initialization import initialize
 from skipmega.models.layer import DecoderLayer, LayerContext, LayerResult, RoutingRecord
 from skipmega.models.norm import RMSNorm
 from skipmega.models.rotary import rotary_table
+from skipmega.models.stages import cut_stages
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.layers import (
     ColumnLinear,
@@ -46,19 +46,6 @@ class StageOutput:
         return self.stacked("chosen").mean(dim=(1, 2))
 
 
-class StageLayers(NamedTuple):
-    """The half-open range of global layer numbers of a stage."""
-
-    first: int
-    end: int
-
-
-def stage_layers(num_layers: int, stages: int, stage: int) -> StageLayers:
-    """Layers of stage ``stage`` when ``num_layers`` are cut evenly."""
-    each = num_layers // stages
-    return StageLayers(stage * each, (stage + 1) * each)
-
-
 class DecoderStage(nn.Module):
     """This process's part of the decoder.
 
@@ -84,14 +71,13 @@ class DecoderStage(nn.Module):
             dtype=self.dtype,
             grid=grid,
         )
-        layers = stage_layers(model.num_layers, grid.pipeline.size, grid.pipeline.rank)
         densities, eval_densities = config.densities, config.eval_densities or {}
         self.layers = nn.ModuleDict(
             {
                 str(number): DecoderLayer(
                     config, densities.get(number), eval_densities.get(number), self.config, grid.tensor
                 )
-                for number in range(layers.first, layers.end)
+                for number in cut_stages(config)[grid.pipeline.rank]
             }
         )
         if grid.is_first_stage or (grid.is_last_stage and self.tied):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from skipmega.config import RunConfig
 from skipmega.errors import ConfigError
+from skipmega.routing.plan import group_capacity
 from skipmega.routing.router import Router
 
 
@@ -69,7 +70,12 @@ def forward_flops_per_token(config: RunConfig, shares: Mapping[int, float]) -> f
         shares: share of tokens that each routed layer computes; layers left out are dense.
     """
     layers = sum(layer_flops(config, shares.get(layer, 1.0)) for layer in range(config.model.num_layers))
-    return layers + 2 * config.model.hidden_size * config.vocab_size
+    return layers + head_flops(config)
+
+
+def head_flops(config: RunConfig) -> float:
+    """Forward operations of the language-model head per token."""
+    return 2 * config.model.hidden_size * config.vocab_size
 
 
 def training_flops_per_token(config: RunConfig, shares: Mapping[int, float] | None = None) -> float:
@@ -151,3 +157,16 @@ def active_parameters(config: RunConfig, shares: Mapping[int, float]) -> float:
         met = part_shares(config, share)
         idle += sum(count * (1 - part) for count, part in zip(weights, met, strict=True))
     return count_parameters(config) - idle
+
+
+def computed_share(config: RunConfig, layer: int) -> float:
+    """Rows that a layer computes in training over tokens, padding included, when there are most of them."""
+    routing = config.routing
+    density = config.densities.get(layer)
+    if density is None or routing.computes_all or routing.density_warmup_steps:
+        return 1.0
+    factor = 1.0 if routing.router == "topk" else routing.capacity_factor
+    if factor is None:
+        return density
+    group = routing.group_size or config.data.sequence_length
+    return group_capacity(factor, density, group, routing.min_capacity) / group

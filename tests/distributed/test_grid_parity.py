@@ -12,7 +12,7 @@ RANK_BY_RANK = {"micro_batch_size": 2}  # what ranks or remembers tokens of one 
 VARIANTS = {
     "adamw": {},
     "untied-swiglu-dropless": {
-        "model": {"tie_embeddings": False, "activation": "swiglu"},
+        "model": {"tie_embeddings": False, "activation": "swiglu", "num_layers": 5},  # stages of 3 and 2
         "routing": {"capacity_factor": None},
     },
     "adafactor": {"optimizer": ADAFACTOR},

@@ -170,7 +170,6 @@ def test_the_grid_is_completed_with_the_number_of_replicas() -> None:
         ),
         ({"model": {"ffn_hidden_size": 49}}, 6, ["model.ffn_hidden_size=49", "parallel.tensor_parallel=2"]),
         ({"model": {"vocab_size": 127}}, 6, ["model.vocab_size=127", "parallel.tensor_parallel=2"]),
-        ({"model": {"num_layers": 7}}, 6, ["model.num_layers=7", "parallel.pipeline_parallel=3"]),
         (
             {"training": {"global_batch_size": 6}},
             12,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from skipmega.config import DensityRamp, RunConfig, build_config, dump_config, load_config, resolve_grid
+from skipmega.config import DensityRamp, RunConfig, build_config, dump_config, load_config
 from skipmega.errors import ConfigError
 
 CONTROLLED = ("gumbel", "sigmoid", "fixed_input")
@@ -281,31 +281,3 @@ def test_what_spans_sections_is_refused_by_name(overrides: list[str], parts: lis
 )
 def test_the_edges_of_those_rules_are_allowed(overrides: list[str]) -> None:
     assert isinstance(load_config(None, overrides), RunConfig)
-
-
-def staged(rate: float, **routing: Any) -> RunConfig:
-    """Eight layers on two stages; the last four routed, unless changed."""
-    return build_config(
-        {
-            "model": {"num_layers": 8, "vocab_size": 128},
-            "parallel": {"pipeline_parallel": 2},
-            "routing": {"router_learning_rate": rate, "dense_first": 4, "dense_last": 0, **routing},
-        },
-        source="test",
-    )
-
-
-def test_a_rate_of_the_routers_own_needs_a_router_on_every_stage() -> None:
-    with pytest.raises(ConfigError) as refused:
-        resolve_grid(staged(2.0), 2)
-    for part in ("routing.router_learning_rate=2.0", "stage 0 of 2 has none", "set it to 1, or route other"):
-        assert part in str(refused.value)
-    with pytest.raises(ConfigError, match="stage 1 of 2 has none"):
-        resolve_grid(staged(0.5, dense_first=0, dense_last=4), 2)
-    for allowed in (
-        staged(1.0),
-        staged(2.0, dense_first=3),
-        staged(2.0, dense_first=0, every=4),
-        staged(2.0, router="always"),
-    ):
-        assert resolve_grid(allowed, 2).parallel.data_parallel == 1

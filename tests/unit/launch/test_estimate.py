@@ -142,7 +142,9 @@ def test_a_large_model_s_update_is_its_gradients_in_fp32() -> None:
 def test_tensor_ranks_and_stages_hold_their_part(tied: bool) -> None:
     grid = {"tensor_parallel": 2, "pipeline_parallel": 2}
     config = make_config(
-        model={"tie_embeddings": tied}, parallel=grid, routing={"dense_first": 0, "dense_last": 0}
+        model={"tie_embeddings": tied},
+        parallel={**grid, "layers_per_stage": [2, 2]},
+        routing={"dense_first": 0, "dense_last": 0},
     )
     found = memory(config, 4)
     half = 2 * (MATRICES / 2 + 2 * HIDDEN + 2 * HIDDEN) + TABLE / 2  # norms and routers are whole
