@@ -235,7 +235,7 @@ def test_data_that_a_run_cannot_use(
         (2, "parallel.data_parallel=4", "is 4 processes, but 2 were started: start that many, or leave"),
         (2, "training.global_batch_size=3", "training.global_batch_size=3 is not a multiple of training.mi"),
     ],
-    ids=["heads", "layers", "world", "replicas", "batch"],
+    ids=["heads", "layers", "stages", "world", "replicas", "batch"],
 )
 def test_a_grid_that_does_not_fit(
     prepared: Path,
