@@ -134,7 +134,9 @@ class DecoderLayer(nn.Module):
     def _plan(self, execute: Tensor, density: float, context: LayerContext) -> PackingPlan:
         group_size = self.routing.group_size or execute.shape[0]
         factor = context.capacity_factor
-        if self.routing.router == "highway" or (self.training and self.routing.router == "topk"):
+        if self.routing.router == "highway":  # everybody, whatever the groups
+            return make_plan(execute, execute.shape[0], execute.shape[0])
+        if self.training and self.routing.router == "topk":
             factor = 1.0  # exactly those who were chosen
         if factor is None:
             return make_plan(execute, group_size, None)

@@ -89,7 +89,7 @@ def test_two_ranks_lose_no_more_than_three_roundings(alone):
     for result in run_world(on_two_processes, 2):
         error = worst_error(result["fp32"], alone["fp32 apart"])
         assert error < 3 * 2**-9
-        assert error < 0.5 * worst_error(result["bf16"], alone["fp32 apart"])
+        assert error < 0.75 * worst_error(result["bf16"], alone["fp32 apart"])
 
 
 def test_widths_of_weights_and_gradients_are_kept_apart(alone):

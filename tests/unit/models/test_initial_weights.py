@@ -44,6 +44,11 @@ def make_config(seed: int = 1, **model: Any) -> RunConfig:
     return build_config({"model": values, "routing": routing, "training": {"seed": seed}}, source="test")
 
 
+def on_stages(config: RunConfig, pipeline: int) -> RunConfig:
+    parallel = {"pipeline_parallel": pipeline, "layers_per_stage": [4 // pipeline] * pipeline}
+    return build_config(config.model_dump() | {"parallel": parallel}, source="test")
+
+
 def weights_of(config: RunConfig, grid: ParallelGrid) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in DecoderStage(config, grid).named_parameters()}
 
@@ -51,6 +56,7 @@ def weights_of(config: RunConfig, grid: ParallelGrid) -> dict[str, Tensor]:
 def assemble(config: RunConfig, grid: ParallelGrid, tensor: int, pipeline: int) -> dict[str, Tensor]:
     """The whole model from the slices of every rank of a grid; replicas must agree."""
     whole: dict[str, Tensor] = {}
+    config = on_stages(config, pipeline)
     for stage in range(pipeline):
         ranks = [
             DecoderStage(config, replace(grid, tensor=axis(tensor, t), pipeline=axis(pipeline, stage)))
@@ -82,7 +88,7 @@ def test_every_grid_starts_from_the_same_weights(
 
 
 def test_a_stage_holds_its_share_only(grid: ParallelGrid) -> None:
-    config = make_config(tie_embeddings=False)
+    config = on_stages(make_config(tie_embeddings=False), 4)
     for stage, ends in enumerate([{"embedding"}, set(), set(), {"final_norm", "head"}]):
         part = DecoderStage(config, replace(grid, tensor=axis(2, 1), pipeline=axis(4, stage)))
         assert {name.split(".")[0] for name, _ in part.named_parameters()} == {"layers"} | ends
