@@ -65,6 +65,7 @@ def _parse() -> argparse.Namespace:
 
 def _evaluate_native(arguments, tasks, settings):
     from skipmega.checkpoint.store import Checkpoint
+    from skipmega.config import ParallelConfig
     from skipmega.data.tokenizer import Tokenizer
     from skipmega.evaluation import evaluate_tasks
     from skipmega.inference.native import NativeModel
@@ -73,7 +74,12 @@ def _evaluate_native(arguments, tasks, settings):
 
     checkpoint = Checkpoint.open(arguments.model)
     process = discover_process()
-    grid = create_grid(process, arguments.tensor_parallel, arguments.pipeline_parallel)
+    grid = create_grid(
+        process,
+        ParallelConfig(
+            tensor_parallel=arguments.tensor_parallel, pipeline_parallel=arguments.pipeline_parallel
+        ),
+    )
     model = NativeModel.load(checkpoint, grid, eval_density=arguments.eval_density)
     tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
     result = evaluate_tasks(model, tokenizer, tasks, **settings)

@@ -151,7 +151,7 @@ class CheckpointStore:
         building = final.with_name(final.name + ".tmp")
         _on_first_process(grid, final, lambda: _start_afresh(building))
         mesh = _tensor_mesh(grid)
-        mine = tensors if grid.data.rank == 0 else {}
+        mine = tensors if grid.replicas.rank == 0 else {}
         needed = sum(tensor.local.numel() * tensor.local.element_size() for tensor in mine.values())
         try:
             save_distributed(

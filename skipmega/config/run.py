@@ -1,5 +1,7 @@
 """The configuration of one run: all sections, and the rules that span them."""
 
+import math
+
 from pydantic import Field
 
 from skipmega.config.base import Section
@@ -116,19 +118,20 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
         ConfigError: a combination that cannot run; the message names fields, values and the mend.
     """
     parallel, model, training = config.parallel, config.model, config.training
-    tensor, pipeline = parallel.tensor_parallel, parallel.pipeline_parallel
+    tensor, each = parallel.tensor_parallel, parallel.processes_per_replica
     _check_zero(parallel)
-    if world_size % (tensor * pipeline):
+    _check_sequence_cut(config)
+    if world_size % each:
         raise ConfigError(
-            f"{world_size} processes cannot hold parallel.tensor_parallel={tensor} x "
-            f"parallel.pipeline_parallel={pipeline}: start a multiple of {tensor * pipeline} processes"
+            f"{world_size} processes cannot hold {parallel.describe_replica()}: start a multiple of {each} "
+            "processes"
         )
-    replicas = world_size // (tensor * pipeline)
+    replicas = world_size // each
     if parallel.data_parallel not in (None, replicas):
         raise ConfigError(
-            f"parallel.data_parallel={parallel.data_parallel} x tensor_parallel={tensor} x "
-            f"pipeline_parallel={pipeline} is {parallel.data_parallel * tensor * pipeline} processes, but "
-            f"{world_size} were started: start that many, or leave parallel.data_parallel out"
+            f"parallel.data_parallel={parallel.data_parallel} x {parallel.describe_replica()} is "
+            f"{parallel.data_parallel * each} processes, but {world_size} were started: start that many, or "
+            "leave parallel.data_parallel out"
         )
     for name, value in (
         ("model.num_attention_heads", model.num_attention_heads),
@@ -209,6 +212,40 @@ def check_consistency(config: RunConfig) -> None:
 def _packs(routing: RoutingConfig) -> bool:
     """Whether the number of packed rows hangs on the capacity (top-k has its own)."""
     return routing.router not in ("always", "topk") and not routing.computes_all
+
+
+def _check_sequence_cut(config: RunConfig) -> None:
+    """Sequences are cut into equal parts, none of which may cut a group of tokens that share slots."""
+    parallel, routing, length = config.parallel, config.routing, config.data.sequence_length
+    shards, context = parallel.sequence_shards, parallel.context_parallel
+    if shards == 1:
+        return
+    cut = [f"parallel.context_parallel={context}"] * (context > 1)
+    cut += [f"parallel.sequence_parallel=true with tensor_parallel={parallel.tensor_parallel}"] * (
+        parallel.sequence_parallel
+    )
+    parts, cutters = math.lcm(shards, 2 * context if context > 1 else 1), " and ".join(cut)
+    if length % parts:
+        raise ConfigError(
+            f"data.sequence_length={length} is not divisible by {parts}, the parts that {cutters} cuts it "
+            "into: use a multiple"
+        )
+    if not config.routed_layers or routing.router == "highway":
+        return
+    if routing.keys_values == "executed":
+        raise ConfigError(
+            f"routing.keys_values=executed packs whole sequences, and {cutters} cuts them: use "
+            "keys_values=all, or another grid"
+        )
+    group, part = routing.group_size, length // parts
+    ranks = routing.router == "topk"
+    if (ranks or routing.capacity_factor is not None) and (group is None or part % group):
+        whole = "the whole sequence (routing.group_size is left out)"
+        raise ConfigError(
+            f"tokens share slots within {whole if group is None else f'routing.group_size={group}'}, and "
+            f"{cutters} cuts it into parts of {part}: set routing.group_size to a divisor of {part}"
+            + ("" if ranks else ", or routing.capacity_factor=null")
+        )
 
 
 def _check_zero(parallel: ParallelConfig) -> None:

@@ -72,18 +72,47 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """The grid. ``data_parallel`` left out is the world size over (tensor x pipeline).
+    """The grid. ``data_parallel`` left out is the world size over (tensor x context x pipeline).
 
-    ``layers_per_stage`` gives the number of layers of every pipeline stage; left out, they are cut so that
-    the dearest stage is as cheap as can be.
+    ``sequence_parallel`` cuts the tokens between matrix products over the tensor-parallel ranks (arXiv
+    2205.05198), ``context_parallel`` those of all activations over ranks of its own, which exchange keys and
+    values. A sequence is cut among them in equal parts. ``layers_per_stage`` gives the number of layers of
+    every pipeline stage; left out, they are cut so that the dearest stage is as cheap as can be.
     """
 
     tensor_parallel: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+    context_parallel: int = Field(1, ge=1)
     pipeline_parallel: int = Field(1, ge=1)
     data_parallel: int | None = Field(None, ge=1)
     layers_per_stage: list[Annotated[int, Field(ge=1)]] | None = None
     zero_stage: Literal[0, 1, 2, 3] = 1
     timeout_minutes: float = Field(30.0, gt=0)
+
+    @property
+    def processes_per_replica(self) -> int:
+        """Processes that share a sample: the world size is a multiple of it."""
+        return self.tensor_parallel * self.context_parallel * self.pipeline_parallel
+
+    def describe_replica(self) -> str:
+        """The axes of :attr:`processes_per_replica` by field, for messages."""
+        names = ["tensor_parallel", "context_parallel", "pipeline_parallel"]
+        used = [name for name in names if getattr(self, name) > 1 or name == "tensor_parallel"]
+        return " x ".join(f"parallel.{name}={getattr(self, name)}" for name in used)
+
+    @property
+    def sequence_shards(self) -> int:
+        """Number of ranks that a sequence is cut over."""
+        return self.context_parallel * (self.tensor_parallel if self.sequence_parallel else 1)
+
+    @model_validator(mode="after")
+    def _something_to_cut_over(self) -> "ParallelConfig":
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "sequence_parallel=true cuts tokens over tensor-parallel ranks, and tensor_parallel=1 leaves "
+                "one: raise tensor_parallel, or leave sequence_parallel out"
+            )
+        return self
 
 
 class DataSource(Section):

@@ -112,7 +112,10 @@ class NativeModel:
     def _step(self, batches: Iterator[Tensor], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
         tokens = next(batches)
         context = LayerContext(None, self.config.routing.eval_capacity_factor)
-        hidden = stage(tokens, context, self._routing.for_evaluation(self._steps_done, *tokens.shape)).hidden
+        batch, length = tokens.shape
+        positions = torch.arange(length, device=tokens.device)
+        inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
+        hidden = stage(tokens, context, inputs).hidden
         return (stage.logits(hidden) if self.grid.is_last_stage else hidden), _output
 
 
@@ -140,6 +143,8 @@ def _on_grid(config: RunConfig, grid: ParallelGrid, precision: str) -> RunConfig
             "tensor_parallel": grid.tensor.size,
             "pipeline_parallel": grid.pipeline.size,
             "data_parallel": grid.data.size,
+            "sequence_parallel": False,
+            "context_parallel": 1,
             "layers_per_stage": None,
         }
     )

@@ -40,10 +40,7 @@ def pretrain(config: RunConfig, process: ProcessInfo) -> None:
     config, tokenizer = resolve(config, process.world_size)
     folder = RunFolder(config)
     checkpoint = folder.check()
-    parallel = config.parallel
-    grid = create_grid(
-        process, parallel.tensor_parallel, parallel.pipeline_parallel, parallel.timeout_minutes
-    )
+    grid = create_grid(process, config.parallel)
     data = build_data(config, tokenizer)
     engine = TrainingEngine(config, grid)
     progress = Progress()

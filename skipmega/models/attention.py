@@ -1,63 +1,70 @@
 """Self-attention whose keys and values come from all tokens and whose queries may be packed."""
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from skipmega.config import ModelConfig
 from skipmega.kernels.attention import AttentionBackend, packed_attention
+from skipmega.kernels.rows import gather_rows
 from skipmega.models.rotary import RotaryTable, rotary_table, rotate
-from skipmega.parallel.grid import Axis
-from skipmega.parallel.layers import ColumnLinear, RowLinear, enter_tensor_parallel
+from skipmega.parallel.layers import ColumnLinear, RowLinear
+from skipmega.parallel.sequence import SequenceShards
+from skipmega.routing.plan import PackingPlan
 
 
 class Attention(nn.Module):
     """Multi-head or grouped-query attention with rotary positions; heads are cut over the tensor axis."""
 
-    def __init__(self, model: ModelConfig, megatron: TransformerConfig, axis: Axis) -> None:
+    def __init__(self, model: ModelConfig, shards: SequenceShards) -> None:
         super().__init__()
-        self.axis = axis
+        self.shards = shards
         self.head_size = model.head_size
         self.theta = model.rope_theta
         heads, kv_heads = model.num_attention_heads * model.head_size, model.kv_heads * model.head_size
-        self.query = ColumnLinear(model.hidden_size, heads, megatron, axis)
-        self.key = ColumnLinear(model.hidden_size, kv_heads, megatron, axis)
-        self.value = ColumnLinear(model.hidden_size, kv_heads, megatron, axis)
-        self.output = RowLinear(heads, model.hidden_size, megatron, axis)
+        self.query = ColumnLinear(model.hidden_size, heads, shards.tensor)
+        self.key = ColumnLinear(model.hidden_size, kv_heads, shards.tensor)
+        self.value = ColumnLinear(model.hidden_size, kv_heads, shards.tensor)
+        self.output = RowLinear(heads, model.hidden_size, shards.tensor)
 
     def forward(
         self,
         tokens: Tensor,
         rotary: RotaryTable,
         positions: Tensor | None,
-        queries: Tensor | None,
-        query_positions: Tensor | None,
+        asking: PackingPlan | None,
         since: Tensor | None,
         backend: AttentionBackend,
     ) -> Tensor:
         """Attend.
 
+        Below, n rows of a sequence are those that :meth:`SequenceShards.enter` leaves this rank with.
+
         Args:
-            tokens: [s, b, hidden], normalised; make keys and values.
+            tokens: [rows of this rank, b, hidden], normalised; make keys and values.
             rotary: of all positions of a sequence.
-            positions: [s, b] int64 of ``tokens`` in their sequences, ascending; None for 0, 1, ...
-            queries: [q, b, hidden], normalised, some of ``tokens``; None for all of them.
-            query_positions: [q, b] int64, which of ``tokens`` the queries are, ascending.
-            since: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`.
+            positions: [n, b] or [n, 1] int64 of the rows in their sequences, ascending; None for 0, 1, ...
+            asking: which of the n rows ask; None for all of them.
+            since: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`; counted as
+                keys are, that is in positions where the keys are those of all tokens.
             backend: the implementation to use.
 
         Returns:
-            [q, b, hidden].
+            [rows of this rank that ask, b, hidden].
         """
-        shared = enter_tensor_parallel(tokens, self.axis)
+        shared = self.shards.enter(tokens)
         key = rotate(self._heads(self.key(shared)), rotary, positions)
         value = self._heads(self.value(shared))
-        asked, at = shared, positions
-        if queries is not None and query_positions is not None:
-            asked, at = enter_tensor_parallel(queries, self.axis), query_positions
+        asked, at, keys_at = shared, positions, None
+        if self.shards.context.size > 1 and positions is not None:
+            keys_at = positions.expand(-1, tokens.shape[1])
+        if asking is not None:
+            packed = gather_rows(shared.flatten(0, 1), asking.rows, asking.slots)
+            asked = packed.view(-1, *shared.shape[1:])
+            at = keys_at = asking.positions if keys_at is None else keys_at.gather(0, asking.positions)
         query = rotate(self._heads(self.query(asked)), rotary, at)
-        attended = packed_attention(query, key, value, query_positions, since, backend)
-        return self.output(attended.flatten(2))
+        key, value = self.shards.gather_context(key), self.shards.gather_context(value)
+        attended = packed_attention(query, key, value, keys_at, since, backend)
+        return self.shards.leave(self.output(attended.flatten(2)))
 
     def rotary_table(self, length: int, device: torch.device) -> RotaryTable:
         """The table :meth:`forward` needs for sequences of ``length`` tokens."""

@@ -22,17 +22,18 @@ from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.layers import (
     ColumnLinear,
     VocabularyEmbedding,
-    enter_tensor_parallel,
     gather_vocabulary,
     megatron_config,
     token_losses,
 )
+from skipmega.parallel.sequence import SequenceShards
 from skipmega.routing.router import Router, RouterInputs
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage hands on: ``hidden`` [s, b, hidden] and its routed layers' records by global number."""
+    """What a stage hands on: ``hidden`` [rows of this rank, b, hidden] and its routed layers' records by
+    global number."""
 
     hidden: Tensor
     records: dict[int, RoutingRecord]
@@ -60,6 +61,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         model = config.model
         self.grid = grid
+        self.shards = SequenceShards.of(grid)
         self.model = model
         self.recompute_layers = config.training.recompute == "full"
         self.tied = model.tie_embeddings
@@ -75,19 +77,19 @@ class DecoderStage(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 str(number): DecoderLayer(
-                    config, densities.get(number), eval_densities.get(number), self.config, grid.tensor
+                    config, densities.get(number), eval_densities.get(number), self.shards
                 )
                 for number in cut_stages(config)[grid.pipeline.rank]
             }
         )
         if grid.is_first_stage or (grid.is_last_stage and self.tied):
             self.embedding = VocabularyEmbedding(
-                config.vocab_size, model.hidden_size, self.config, grid.tensor
+                config.vocab_size, model.hidden_size, self.config, self.shards
             )
         if grid.is_last_stage:
             self.final_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
             if not self.tied:
-                self.head = ColumnLinear(model.hidden_size, config.vocab_size, self.config, grid.tensor)
+                self.head = ColumnLinear(model.hidden_size, config.vocab_size, grid.tensor)
         if self.shares_embedding and not grid.is_first_stage:
             # DeepSpeed counts a parameter so marked once in the gradient norm
             self.embedding.weight.ds_pipe_replicated = True
@@ -139,18 +141,21 @@ class DecoderStage(nn.Module):
         """Run the stage.
 
         Args:
-            tokens: [b, s] int64; read by the first stage only.
+            tokens: [b, s] int64, whole sequences; read by the first stage only.
             context: what all layers share.
             inputs: of each routed layer's router, by global layer number.
         """
         if self.grid.is_first_stage:
-            hidden = self.embedding(tokens).transpose(0, 1).contiguous().to(self.dtype)
+            hidden = self.embedding(self.shards.take_context(tokens, dim=1)).to(self.dtype)
         else:
             assert self._received is not None
             hidden = self._received
-        model = self.model
-        table = rotary_table(tokens.shape[1], model.head_size, model.rope_theta, hidden.device)
-        context = replace(context, rotary=table)
+        model, length = self.model, tokens.shape[1]
+        table = rotary_table(length, model.head_size, model.rope_theta, hidden.device)
+        positions = None
+        if self.shards.context.size > 1:
+            positions = self.shards.context_positions(length, hidden.device).unsqueeze(1)
+        context = replace(context, rotary=table, positions=positions)
         records = {}
         for name, layer in self.layers.items():
             hidden, record = self._run(name, layer, hidden, inputs.get(int(name)), context)
@@ -171,19 +176,28 @@ class DecoderStage(nn.Module):
         return result
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each token on the last stage: [s, b, hidden], [b, s] to [s, b] float32, nats."""
+        """Cross-entropy of each token on the last stage, in nats.
+
+        Args:
+            hidden: [rows of this rank, b, hidden].
+            labels: [b, n] int64, of this context rank's rows.
+
+        Returns:
+            [n, b] float32.
+        """
         run = self._compiled_losses if self.training else self._losses
         return run(hidden, labels)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[s, b, hidden] to [s, b, vocabulary] on the last stage, the same on all its tensor ranks."""
+        """[rows of this rank, b, hidden] to [n, b, vocabulary] on the last stage, n being this context rank's
+        rows, the same on all its tensor ranks."""
         return gather_vocabulary(self._logits(hidden), self.grid.tensor)
 
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return token_losses(self._logits(hidden), labels.t(), self.grid.tensor)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        normed = enter_tensor_parallel(self.final_norm(hidden), self.grid.tensor)
+        normed = self.shards.enter(self.final_norm(hidden))
         if self.tied:
             return nn.functional.linear(normed, self.embedding.weight)
         return self.head(normed)

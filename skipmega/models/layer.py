@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,7 +20,7 @@ from skipmega.models.attention import Attention
 from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
 from skipmega.models.rotary import RotaryTable
-from skipmega.parallel.grid import Axis
+from skipmega.parallel.sequence import SequenceShards
 from skipmega.routing.plan import PackingPlan, group_capacity, make_plan, slots_before
 from skipmega.routing.router import Decision, Router, RouterInputs
 
@@ -30,20 +29,23 @@ from skipmega.routing.router import Decision, Router, RouterInputs
 class LayerContext:
     """What all layers share in one micro-batch.
 
-    ``since`` [b, s] int64, first position each token may see, or None for 0; ``capacity_factor`` None is
-    dropless; ``attention`` is the implementation to use; ``rotary`` the table of positions, made anew by
-    every layer if None; ``warmed`` how far the density has come from 1 (0.0) to its target (1.0).
+    ``since`` [b, s] int64, first position each token of the whole sequences may see, or None for 0;
+    ``capacity_factor`` None is dropless; ``attention`` is the implementation to use; ``rotary`` the table of
+    all positions, made anew by every layer if None; ``positions`` [n, 1] int64 those of the rows that
+    attention gathers, None for 0, 1, ...; ``warmed`` how far the density has come from 1 (0.0) to its target
+    (1.0).
     """
 
     since: Tensor | None
     capacity_factor: float | None
     attention: AttentionBackend = "sdpa"
     rotary: RotaryTable | None = None
+    positions: Tensor | None = None
     warmed: float = 1.0
 
 
 class RoutingRecord(NamedTuple):
-    """What a routed layer did with a micro-batch."""
+    """What a routed layer did with this rank's s rows of a micro-batch of b sequences."""
 
     chosen: Tensor  # [s, b] float32, 1 where the router chose to execute, with the router's gradient
     executed: Tensor  # [s, b] bool, tokens that ran (chosen and not over capacity)
@@ -56,6 +58,14 @@ class RoutingRecord(NamedTuple):
 LayerResult = tuple[Tensor, RoutingRecord | None]
 
 
+class Plans(NamedTuple):
+    """Which rows execute: of this rank's, and of those that attention gathers (the same ones, unless
+    sequences are cut over the tensor axis)."""
+
+    mine: PackingPlan
+    gathered: PackingPlan
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward network, with a router if it has a ``density``.
 
@@ -65,8 +75,7 @@ class DecoderLayer(nn.Module):
         config: the run's configuration.
         density: target share of tokens that execute; None for a dense layer.
         eval_density: the same in evaluation; None as in training.
-        megatron: what megatron-core's layers need to know.
-        axis: the tensor axis.
+        shards: how sequences and matrices are cut.
     """
 
     def __init__(
@@ -74,15 +83,15 @@ class DecoderLayer(nn.Module):
         config: RunConfig,
         density: float | None,
         eval_density: float | None,
-        megatron: TransformerConfig,
-        axis: Axis,
+        shards: SequenceShards,
     ) -> None:
         super().__init__()
         model = config.model
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.attention = Attention(model, megatron, axis)
+        self.attention = Attention(model, shards)
         self.mlp_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.mlp = MLP(model, megatron, axis)
+        self.mlp = MLP(model, shards)
+        self.shards = shards
         self.router = None if density is None else Router(config.routing, model.hidden_size)
         self.density = 1.0 if density is None else density
         self.eval_density = self.density if eval_density is None else eval_density
@@ -93,7 +102,7 @@ class DecoderLayer(nn.Module):
         """Run the layer.
 
         Args:
-            hidden: [s, b, hidden].
+            hidden: [s, b, hidden], this rank's rows.
             inputs: of a routed layer's router.
             context: what all layers share.
 
@@ -101,7 +110,8 @@ class DecoderLayer(nn.Module):
             [s, b, hidden], and the record of a routed layer.
         """
         if context.rotary is None:
-            table = self.attention.rotary_table(hidden.shape[0], hidden.device)
+            length = hidden.shape[0] * self.shards.both.size
+            table = self.attention.rotary_table(length, hidden.device)
             context = replace(context, rotary=table)
         normed = self.attention_norm(hidden)
         if self.router is None:
@@ -112,18 +122,19 @@ class DecoderLayer(nn.Module):
             hidden = hidden + self._attend(normed, context)
             normed = self.mlp_norm(hidden)
         density = 1 - (1 - self.density) * context.warmed if self.training else self.eval_density
-        decision = self.router(hidden if self.routing.router_input == "raw" else normed, inputs, density)
-        plan = self._plan(decision.execute, density, context)
+        tokens = hidden if self.routing.router_input == "raw" else normed
+        decision = self.router(tokens, inputs, density, self.shards)
+        plans = self._plan(decision.execute, density, context)
         if self.routing.computes_all:
-            out = self._mask(hidden, normed, decision, plan, context)
+            out = self._mask(hidden, normed, decision, plans.mine, context)
         else:
-            out = self._pack(hidden, normed, decision, plan, context)
+            out = self._pack(hidden, normed, decision, plans, context)
         if self.routing.wrap == "attention":
             out = out + self._feed_forward(out)
-        rows = decision.execute.numel() if self.routing.computes_all else plan.rows.numel()
+        rows = decision.execute.numel() if self.routing.computes_all else plans.mine.rows.numel()
         record = RoutingRecord(
             chosen=decision.straight_through(),
-            executed=plan.kept,
+            executed=plans.mine.kept,
             score=decision.score,
             auxiliary=decision.auxiliary,
             entropy=decision.entropy(),
@@ -131,22 +142,30 @@ class DecoderLayer(nn.Module):
         )
         return out, record
 
-    def _plan(self, execute: Tensor, density: float, context: LayerContext) -> PackingPlan:
-        group_size = self.routing.group_size or execute.shape[0]
+    def _plan(self, execute: Tensor, density: float, context: LayerContext) -> Plans:
+        """Slots are dealt among this rank's rows, as many on every rank of the tensor axis."""
+        rows = execute.shape[0]
+        group_size = self.routing.group_size or rows
         factor = context.capacity_factor
-        if self.routing.router == "highway":  # everybody, whatever the groups
-            return make_plan(execute, execute.shape[0], execute.shape[0])
         if self.training and self.routing.router == "topk":
             factor = 1.0  # exactly those who were chosen
-        if factor is None:
-            return make_plan(execute, group_size, None)
-        capacity = group_capacity(factor, density, group_size, self.routing.min_capacity)
-        return make_plan(execute, group_size, capacity)
+        capacity = None
+        if self.routing.router == "highway":  # everybody, whatever the groups
+            group_size = capacity = rows
+        elif factor is None:
+            group_size = rows
+        else:
+            capacity = group_capacity(factor, density, group_size, self.routing.min_capacity)
+        gathered = make_plan(self.shards.over_tensor_ranks(execute), group_size, capacity)
+        if not self.shards.over_tensor:
+            return Plans(gathered, gathered)
+        return Plans(gathered.part(self.shards.tensor.rank, self.shards.tensor.size), gathered)
 
     def _pack(
-        self, hidden: Tensor, normed: Tensor, decision: Decision, plan: PackingPlan, context: LayerContext
+        self, hidden: Tensor, normed: Tensor, decision: Decision, plans: Plans, context: LayerContext
     ) -> Tensor:
         """Run the executed tokens alone, in packed form."""
+        plan = plans.mine
 
         def pack(full: Tensor) -> Tensor:
             packed = gather_rows(full.flatten(0, 1), plan.rows, plan.slots)
@@ -155,7 +174,10 @@ class DecoderLayer(nn.Module):
         if self.routing.wrap == "mlp":
             update = self._part("mlp", self.mlp, pack(normed))
         else:
-            attended = self._attend_packed(normed, pack(normed), plan, context)
+            if self.routing.keys_values == "all":
+                attended = self._attend(normed, context, plans.gathered)
+            else:
+                attended = self._attend_among(pack(normed), plan, context)
             whole = self.routing.wrap == "layer"
             update = attended + self._feed_forward(pack(hidden) + attended) if whole else attended
         probability = pack(decision.probability.unsqueeze(-1))
@@ -163,27 +185,19 @@ class DecoderLayer(nn.Module):
         update = update * weight.to(update.dtype)
         return add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots).view_as(hidden)
 
-    def _attend(self, normed: Tensor, context: LayerContext) -> Tensor:
-        """Every token asks."""
-        assert context.rotary is not None
-        since, backend = context.since, context.attention
-        return self._part(
-            "attention", self.attention, normed, context.rotary, None, None, None, since, backend
-        )
+    def _attend(self, normed: Tensor, context: LayerContext, asking: PackingPlan | None = None) -> Tensor:
+        """Keys and values of all tokens; those ``asking`` are packed in the result."""
+        asked = (normed, context.rotary, context.positions, asking, context.since, context.attention)
+        return self._part("attention", self.attention, *asked)
 
-    def _attend_packed(
-        self, normed: Tensor, packed: Tensor, plan: PackingPlan, context: LayerContext
-    ) -> Tensor:
-        assert context.rotary is not None
-        since, rotary, backend = context.since, context.rotary, context.attention
-        if self.routing.keys_values == "all":
-            asked = (normed, rotary, None, packed, plan.positions, since, backend)
-            return self._part("attention", self.attention, *asked)
+    def _attend_among(self, packed: Tensor, plan: PackingPlan, context: LayerContext) -> Tensor:
+        """Keys, values and queries of the executed tokens, which are packed already."""
+        since = context.since
         if since is not None:
             # slots are a sequence's executed tokens in order: its documents begin where they do among those
             first = slots_before(plan.kept).gather(0, since.t())
             since = first.gather(0, plan.positions).t()
-        among = (packed, rotary, plan.positions, None, None, since, backend)
+        among = (packed, context.rotary, plan.positions, None, since, context.attention)
         return self._part("attention", self.attention, *among)
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch._C._distributed_c10d import HashStore
 
+from skipmega.config import ParallelConfig
 from skipmega.errors import ConfigError
 from skipmega.parallel.cpu import run_megatron_on_cpu
 from skipmega.parallel.process import ProcessInfo
@@ -36,20 +37,30 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelGrid:
-    """This process's place in tensor x pipeline x data parallelism.
+    """This process's place in tensor x context x data x pipeline parallelism.
 
-    ``model`` is the tensor x pipeline group (one whole replica of the model); ``embedding`` is the group
-    of first and last pipeline stage that share tied embeddings, None on stages in between.
+    ``model`` is the tensor x pipeline group (all weights of one replica); ``embedding`` is the group of first
+    and last pipeline stage that share tied embeddings, None on stages in between.
+
+    Ranks of ``data`` read different samples, those of ``context`` different tokens of one; ``replicas`` is
+    both, the ranks that hold the same weights and among which ZeRO cuts the optimizer's states. With
+    ``sequence_parallel`` the ranks of ``tensor`` too hold different tokens between the matrix products of a
+    layer. ``shards`` are the ranks that share one sample's tokens, ``tokens`` all that hold different ones.
     """
 
     rank: int
     world_size: int
     device: torch.device
     tensor: Axis
+    context: Axis
     pipeline: Axis
     data: Axis
+    replicas: Axis
+    shards: Axis
+    tokens: Axis
     model: Axis
     embedding: dist.ProcessGroup | None
+    sequence_parallel: bool
 
     @property
     def is_first_stage(self) -> bool:
@@ -70,57 +81,70 @@ class ParallelGrid:
 
     def describe(self) -> str:
         """The grid in one line for the log."""
+        sequence = " (sequence parallel)" if self.sequence_parallel else ""
         return (
-            f"{self.world_size} processes: tensor {self.tensor.size} x pipeline {self.pipeline.size} x "
-            f"data {self.data.size} on {self.device.type}, {dist.get_backend()}"
+            f"{self.world_size} processes: tensor {self.tensor.size}{sequence} x context "
+            f"{self.context.size} x pipeline {self.pipeline.size} x data {self.data.size} on "
+            f"{self.device.type}, {dist.get_backend()}"
         )
 
 
-def create_grid(
-    process: ProcessInfo, tensor_parallel: int = 1, pipeline_parallel: int = 1, timeout_minutes: float = 30.0
-) -> ParallelGrid:
+def create_grid(process: ProcessInfo, parallel: ParallelConfig | None = None) -> ParallelGrid:
     """Start communication and cut the world into the grid.
 
     Args:
         process: this process, from :func:`skipmega.launch.environment.discover_process`.
-        tensor_parallel: processes that share each layer's matrices.
-        pipeline_parallel: number of stages.
-        timeout_minutes: after this long in one collective the job fails instead of waiting.
+        parallel: sizes of the axes; left out, all processes are data parallel.
 
     Raises:
         ConfigError: more local processes than devices, or a world the grid does not divide.
     """
-    if process.world_size % (tensor_parallel * pipeline_parallel):
+    parallel = parallel or ParallelConfig()
+    if process.world_size % parallel.processes_per_replica:
         raise ConfigError(
-            f"{process.world_size} processes cannot hold tensor_parallel={tensor_parallel} x "
-            f"pipeline_parallel={pipeline_parallel}: start a multiple of "
-            f"{tensor_parallel * pipeline_parallel} processes"
+            f"{process.world_size} processes cannot hold {parallel.describe_replica()}: start a multiple of "
+            f"{parallel.processes_per_replica} processes"
         )
     device = _local_device(process)
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=parallel.timeout_minutes)
     if not dist.is_initialized():
         _start_communication(process, device, timeout)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel,
-        pipeline_model_parallel_size=pipeline_parallel,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        context_parallel_size=parallel.context_parallel,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
         create_gloo_process_groups=False,
     )
+    shards = parallel_state.get_context_parallel_group()
+    tokens = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if parallel.sequence_parallel:
+        shards = parallel_state.get_tensor_and_context_parallel_group()
+        tokens = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     return ParallelGrid(
         rank=process.rank,
         world_size=process.world_size,
         device=device,
         tensor=_axis(parallel_state.get_tensor_model_parallel_group()),
+        context=_axis(parallel_state.get_context_parallel_group()),
         pipeline=_axis(parallel_state.get_pipeline_model_parallel_group()),
-        data=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        data=_axis(parallel_state.get_data_parallel_group()),
+        replicas=_axis(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        shards=_axis(shards),
+        tokens=_axis(tokens),
         model=_axis(parallel_state.get_model_parallel_group()),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
+        sequence_parallel=parallel.sequence_parallel,
     )
 
 
 def release_grid() -> None:
-    """Forget the grid's groups so that another can be created; communication stays up."""
+    """End the grid's groups so that another can be created; communication of the world stays up."""
+    groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group is not None:  # the world
+            dist.destroy_process_group(group)
 
 
 def end_communication() -> None:

@@ -1,4 +1,5 @@
-"""megatron-core's tensor-parallel layers with the group passed in and nothing but tensors passed out.
+"""Layers whose weights are cut over the tensor axis; the moves before and after them are those of
+:class:`skipmega.parallel.sequence.SequenceShards`.
 
 On one tensor-parallel rank each is the plain operation, which compilers see through.
 """
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipmega.parallel.grid import Axis, ParallelGrid
+from skipmega.parallel.sequence import SequenceShards
 
 
 def megatron_config(
@@ -23,12 +25,69 @@ def megatron_config(
         num_attention_heads=num_attention_heads,
         tensor_model_parallel_size=grid.tensor.size,
         pipeline_model_parallel_size=grid.pipeline.size,
+        context_parallel_size=grid.context.size,
+        sequence_parallel=grid.sequence_parallel,
         params_dtype=torch.float32,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
     )
+
+
+class _CutLinear(nn.Module):
+    """``x @ W.T`` with W cut along ``dim`` over the tensor axis."""
+
+    dim: int
+
+    def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
+        super().__init__()
+        shape = [outputs, inputs]
+        shape[self.dim] //= axis.size
+        self.weight = nn.Parameter(torch.empty(shape))
+        _mark_as_cut(self.weight, self.dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+
+class ColumnLinear(_CutLinear):
+    """W's rows are cut: [..., in] to this rank's part of the result, [..., out / size].
+
+    The input must come through :meth:`SequenceShards.enter`, once for all projections that share it, so that
+    its gradient is summed over the axis once and not per projection.
+    """
+
+    dim = 0
+
+
+class RowLinear(_CutLinear):
+    """W's columns are cut: [..., in / size] to this rank's summand of the result, [..., out], which is
+    complete after :meth:`SequenceShards.leave`."""
+
+    dim = 1
+
+
+class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):
+    """Token embedding with the vocabulary cut over the tensor axis: [b, s] int64 to [s, b, hidden], of which
+    each tensor rank gets its rows if ``shards`` cut them over the tensor axis."""
+
+    def __init__(
+        self, vocabulary: int, hidden_size: int, config: TransformerConfig, shards: SequenceShards
+    ) -> None:
+        super().__init__(
+            vocabulary,
+            hidden_size,
+            init_method=_uninitialised,
+            reduce_scatter_embeddings=shards.over_tensor,
+            config=config,
+            tp_group=shards.tensor.group,
+        )
+        _mark_as_cut(self.weight, dim=0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = super().forward(tokens)
+        return embedded if self.reduce_scatter_embeddings else embedded.transpose(0, 1).contiguous()
 
 
 def _uninitialised(weight: Tensor) -> Tensor:
@@ -39,74 +98,6 @@ def _mark_as_cut(weight: Tensor, dim: int) -> None:
     """megatron-core marks shards only when it initialises them; unmarked ones would be taken for
     replicas: wrong initial weights, and a gradient norm that counts one rank's shard."""
     tensor_parallel.set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
-
-
-class ColumnLinear(tensor_parallel.ColumnParallelLinear):
-    """``x @ W.T`` with W's rows cut over the tensor axis: [..., in] to [..., out / size].
-
-    The input must come through :func:`enter_tensor_parallel`, once for all projections that share it, so
-    that its gradient is summed over the axis once and not per projection.
-    """
-
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, axis: Axis) -> None:
-        super().__init__(
-            inputs,
-            outputs,
-            config=config,
-            init_method=_uninitialised,
-            bias=False,
-            gather_output=False,
-            disable_grad_reduce=True,
-            tp_group=axis.group,
-        )
-        _mark_as_cut(self.weight, dim=0)
-        self._alone = axis.size == 1
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self._alone:
-            return F.linear(hidden, self.weight)
-        return super().forward(hidden)[0]
-
-
-class RowLinear(tensor_parallel.RowParallelLinear):
-    """``x @ W.T`` with W's columns cut over the tensor axis and the result summed over it:
-    [..., in / size] to [..., out]."""
-
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, axis: Axis) -> None:
-        super().__init__(
-            inputs,
-            outputs,
-            config=config,
-            init_method=_uninitialised,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=False,
-            tp_group=axis.group,
-        )
-        _mark_as_cut(self.weight, dim=1)
-        self._alone = axis.size == 1
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if self._alone:
-            return F.linear(hidden, self.weight)
-        return super().forward(hidden)[0]
-
-
-class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):
-    """Token embedding with the vocabulary cut over the tensor axis: [b, s] int64 to [b, s, hidden]."""
-
-    def __init__(self, vocabulary: int, hidden_size: int, config: TransformerConfig, axis: Axis) -> None:
-        super().__init__(
-            vocabulary, hidden_size, init_method=_uninitialised, config=config, tp_group=axis.group
-        )
-        _mark_as_cut(self.weight, dim=0)
-
-
-def enter_tensor_parallel(hidden: Tensor, axis: Axis) -> Tensor:
-    """Identity forward; sums the gradient over the tensor axis backward."""
-    if axis.size == 1:
-        return hidden
-    return mappings.copy_to_tensor_model_parallel_region(hidden, group=axis.group)
 
 
 def gather_vocabulary(logits: Tensor, axis: Axis) -> Tensor:

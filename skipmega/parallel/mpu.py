@@ -3,7 +3,8 @@
 ``deepspeed.initialize(mpu=...)`` asks an object like the Megatron of old. Today's
 ``megatron.core.parallel_state`` lacks part of it and raises; ``mpu=None`` makes DeepSpeed average the
 shards of different matrices, without a word. There must be no attribute ``initialize_sequence_parallel``:
-DeepSpeed reads it as "no model parallelism".
+DeepSpeed reads it as "no model parallelism". Context-parallel ranks are data-parallel ones to it: they hold
+the same weights, and each has gradients of its own tokens.
 """
 
 import torch.distributed as dist
@@ -27,16 +28,16 @@ class DeepSpeedMpu:
         return self._grid.model.rank
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._grid.data.group
+        return self._grid.replicas.group
 
     def get_data_parallel_world_size(self) -> int:
-        return self._grid.data.size
+        return self._grid.replicas.size
 
     def get_data_parallel_rank(self) -> int:
-        return self._grid.data.rank
+        return self._grid.replicas.rank
 
     def get_data_parallel_group_ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._grid.data.group)
+        return dist.get_process_group_ranks(self._grid.replicas.group)
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
         return self._grid.tensor.group

@@ -1,8 +1,9 @@
 """Drives one step's micro-batches through the stages with megatron-core's schedules.
 
 Knows no model: a stage is anything that satisfies :class:`PipelineStage`. megatron-core divides each
-micro-batch's loss by their number; auxiliary losses that never reach the last stage are attached to
-the activations with :func:`attach_loss` and must be divided by whoever attaches them.
+micro-batch's loss by their number and multiplies it by that of context-parallel ranks; auxiliary losses that
+never reach the last stage are attached to the activations with :func:`attach_loss` and must be divided by
+whoever attaches them.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """Keeping each layer's density at its target: the losses of a micro-batch, and what a step's end moves.
 
-Controllers act on means over all micro-batches and data-parallel ranks of a step, so that every rank agrees.
+Controllers act on means over all micro-batches and ranks of a step, so that every rank agrees.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,19 @@ class DensityController:
 
     Args:
         state: of this stage's routed layers; moved in place.
-        mean_over_data: averages a tensor over the data-parallel ranks, detached.
+        mean_over_tokens: averages a tensor over the ranks that hold different tokens, detached.
     """
 
-    def __init__(self, state: RoutingState, mean_over_data: Mean) -> None:
+    def __init__(self, state: RoutingState, mean_over_tokens: Mean) -> None:
         self.state = state
-        self._mean = mean_over_data
+        self._mean = mean_over_tokens
         self._forget()
 
     def penalty(self, densities: Tensor, step: int) -> Tensor:
-        """The density loss of a micro-batch, to be averaged over micro-batches and data ranks.
+        """The density loss of a micro-batch, to be averaged over micro-batches and ranks.
 
         Args:
-            densities: [layers] float32, shares chosen in this rank's micro-batch, with the routers' gradient.
+            densities: [layers] float32, shares of this rank's tokens chosen, with the routers' gradient.
             step: 0-based.
         """
         routing = self.state.config.routing
@@ -47,7 +47,7 @@ class DensityController:
 
         Args:
             densities: [layers] float32.
-            scores: [layers, s, b] float32.
+            scores: [layers, s, b] float32, of whole sequences.
         """
         self._micro_batches += 1
         self._density += densities.detach()
@@ -59,7 +59,7 @@ class DensityController:
 
     @torch.no_grad()
     def end_step(self, step: int) -> None:
-        """Move the state by what optimizer step ``step`` (0-based) saw; all data ranks call it together."""
+        """Move the state by what optimizer step ``step`` (0-based) saw; all ranks of a stage call it."""
         state, routing = self.state, self.state.config.routing
         if not state.layers:
             return
@@ -83,12 +83,12 @@ class DensityController:
 def squared_penalty(local: Tensor, mean: Tensor, target: Tensor, weight: float) -> Tensor:
     """``weight * sum over layers of (density - target)^2`` (SkipLayer, arXiv 2311.15436, section 3).
 
-    The density is that of the micro-batch over all data-parallel ranks. Value and gradient are exact
-    although only the local share carries a gradient: data-parallel averaging of gradients completes it.
+    The density is that of the micro-batch over all ranks that hold its tokens. Value and gradient are exact
+    although only the local share carries a gradient: averaging gradients over the ranks completes it.
 
     Args:
-        local: [layers] float32 densities of this rank's micro-batch, with the routers' gradient.
-        mean: [layers] float32, ``local`` averaged over the data-parallel ranks, no gradient.
+        local: [layers] float32 densities of this rank's tokens, with the routers' gradient.
+        mean: [layers] float32, ``local`` averaged over the ranks, no gradient.
         target: [layers] float32, wanted densities.
         weight: factor.
     """

@@ -19,29 +19,28 @@ class NoiseKey(NamedTuple):
     samples: Tensor  # [b] int64, number of each sequence in the run's data order
 
 
-def uniform(key: NoiseKey, layers: Tensor, length: int) -> Tensor:
+def uniform(key: NoiseKey, layers: Tensor, positions: Tensor) -> Tensor:
     """Independent uniform numbers, strictly inside (0, 1).
 
     Args:
         key: the run's seed and the sequences.
         layers: [n] int64, global numbers of layers.
-        length: tokens of a sequence.
+        positions: [s] int64, of tokens in their sequences.
 
     Returns:
-        [n, length, b] float32.
+        [n, s, b] float32.
     """
     samples = key.samples
     of_layer = _mix((key.seed * 0x9E3779B1 & _MASK) + layers * 0x85EBCA77).view(-1, 1, 1)
     stream = _mix(_mix(samples >> 32) ^ of_layer)
     stream = _mix(stream ^ (samples & _MASK))
-    position = torch.arange(length, device=samples.device).unsqueeze(1)
-    bits = _mix(_mix(position ^ stream) + stream)
+    bits = _mix(_mix(positions.unsqueeze(1) ^ stream) + stream)
     return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def logistic(key: NoiseKey, layers: Tensor, length: int) -> Tensor:
+def logistic(key: NoiseKey, layers: Tensor, positions: Tensor) -> Tensor:
     """The difference of two independent Gumbel variables; arguments and shape as :func:`uniform`."""
-    u = uniform(key, layers, length)
+    u = uniform(key, layers, positions)
     return u.log() - torch.log1p(-u)
 
 

@@ -30,6 +30,18 @@ class PackingPlan:
         """[s, b] bool: tokens that have a slot."""
         return self.slots.view(-1, self.positions.shape[1]) >= 0
 
+    def part(self, index: int, parts: int) -> "PackingPlan":
+        """The plan of one of ``parts`` equal parts of the sequence, each of whole groups, by itself."""
+        batch = self.positions.shape[1]
+        first_row = index * (self.slots.numel() // parts)
+        first_slot = index * (self.rows.numel() // parts)
+        slots = self.slots.chunk(parts)[index]
+        return PackingPlan(
+            rows=self.rows.chunk(parts)[index] - first_row,
+            slots=torch.where(slots < 0, slots, slots - first_slot),
+            positions=self.positions.chunk(parts)[index] - first_row // batch,
+        )
+
 
 def group_capacity(factor: float, density: float, group_size: int, minimum: int = 1) -> int:
     """Slots of a group: ``ceil(factor * density * group_size)``, at least ``minimum``, at most the group."""
@@ -47,15 +59,14 @@ def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> Packing
     Args:
         execute: [s, b] bool.
         group_size: tokens that share a capacity; divides s.
-        capacity: slots of a group; None is dropless: as many slots per sequence as the fullest one needs
-            (their number is read back from the device).
+        capacity: slots of a group; None is dropless: as many as the fullest group needs (their number is
+            read back from the device).
     """
     length, batch = execute.shape
-    if capacity is None:
-        group_size = length
-        capacity = max(1, int(execute.sum(dim=0).max()))
     groups = length // group_size
     grouped = execute.view(groups, group_size, batch)
+    if capacity is None:
+        capacity = max(1, int(grouped.sum(dim=1).max()))
     order = _running_count(grouped) - 1
     keep = grouped & (order < capacity)
     first_slot = torch.arange(groups, device=execute.device).view(groups, 1, 1) * capacity

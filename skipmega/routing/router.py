@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipmega.config import RoutingConfig
+from skipmega.parallel.sequence import SequenceShards
 from skipmega.routing.plan import group_capacity
 
 
@@ -72,19 +73,21 @@ class Router(nn.Module):
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in cls(routing, hidden_size).parameters())
 
-    def forward(self, tokens: Tensor, inputs: RouterInputs, density: float) -> Decision:
+    def forward(
+        self, tokens: Tensor, inputs: RouterInputs, density: float, shards: SequenceShards | None = None
+    ) -> Decision:
         """Decide for each token.
 
         Args:
             tokens: [s, b, hidden], what the router reads.
             inputs: threshold, temperature and noise.
             density: share to execute, for routers that rank tokens in training.
+            shards: how sequences are cut, ``tokens`` being this rank's part; None if they are whole.
         """
         logits = self._logits(tokens)
         score = logits[..., -1] - logits[..., 0] if self.kind == "gumbel" else logits[..., 0]
         if self.centres_gradient:
-            mean = score.mean()
-            score = score - (mean - mean.detach())
+            score = _centred(score, shards)
         compared = score if self.predictor is None else self.predictor(tokens.detach())
         if self.kind in ("gumbel", "sigmoid", "random", "fixed_input"):
             margin = score - inputs.threshold
@@ -94,7 +97,7 @@ class Router(nn.Module):
             execute, probability = margin > 0, torch.sigmoid(margin)
         else:
             execute, probability = (
-                self._rank(score, compared, inputs.threshold, density),
+                self._rank(score, compared, inputs.threshold, density, shards),
                 torch.sigmoid(score),
             )
         auxiliary = self._own_losses(logits, compared, execute)
@@ -108,7 +111,14 @@ class Router(nn.Module):
         constant = tokens.new_zeros((*tokens.shape[:2], 1), dtype=torch.float32)
         return constant if self.bias is None else constant + self.bias.float()
 
-    def _rank(self, score: Tensor, compared: Tensor, threshold: Tensor, density: float) -> Tensor:
+    def _rank(
+        self,
+        score: Tensor,
+        compared: Tensor,
+        threshold: Tensor,
+        density: float,
+        shards: SequenceShards | None,
+    ) -> Tensor:
         if self.kind == "never":
             return torch.zeros_like(score, dtype=torch.bool)
         if self.kind == "highway":
@@ -116,7 +126,9 @@ class Router(nn.Module):
         if self.training and self.kind == "topk":
             return best_of_groups(score.detach(), self.group_size or score.shape[0], density)
         if self.training and self.quantile_from == "batch":
-            return score.detach() > share_threshold(score.detach(), density)
+            scores = score.detach()
+            among = scores if shards is None else shards.whole(scores)
+            return scores > share_threshold(among, density)
         return compared.detach() > threshold
 
     def _own_losses(self, logits: Tensor, compared: Tensor, execute: Tensor) -> Tensor:
@@ -130,6 +142,13 @@ class Router(nn.Module):
             cross_entropy = F.binary_cross_entropy_with_logits(compared, execute.float())
             loss = loss + self.stand_in_weight * cross_entropy
         return loss
+
+
+def _centred(score: Tensor, shards: SequenceShards | None) -> Tensor:
+    if shards is not None and not shards.are_one:
+        return shards.without_mean_gradient(score)
+    mean = score.mean()
+    return score - (mean - mean.detach())
 
 
 class Predictor(nn.Module):

@@ -63,8 +63,9 @@ class RoutingState:
         """[layers] float32: density of optimizer step ``step`` (0-based), warming up to the target."""
         return 1 - (1 - self.target) * warmed_up(self.config, step)
 
-    def for_training(self, step: int, key: NoiseKey, length: int) -> dict[int, RouterInputs]:
-        """What the routers are told at optimizer step ``step`` (0-based), by global layer number."""
+    def for_training(self, step: int, key: NoiseKey, positions: Tensor) -> dict[int, RouterInputs]:
+        """What the routers of tokens at ``positions`` [s] int64 are told at optimizer step ``step``
+        (0-based), by global layer number."""
         routing, wanted = self.config.routing, self.wanted(step)
         draws = routing.router in ("gumbel", "random", "fixed_input")
         thresholds = self.threshold
@@ -74,10 +75,11 @@ class RoutingState:
             thresholds = -torch.logit(wanted)
         elif routing.router != "topk" and warmed_up(self.config, step) < 1:
             thresholds = thresholds + self._warmup_shift(wanted)
-        return self._inputs(thresholds, step, key if draws else None, length)
+        return self._inputs(thresholds, step, key if draws else None, positions)
 
-    def for_evaluation(self, step: int, batch: int, length: int) -> dict[int, RouterInputs]:
-        """What the routers are told in evaluation after ``step`` steps; the same for every sequence.
+    def for_evaluation(self, step: int, batch: int, positions: Tensor) -> dict[int, RouterInputs]:
+        """What the routers of tokens at ``positions`` [s] int64 of ``batch`` sequences are told in evaluation
+        after ``step`` steps; the same for every sequence.
 
         Routers that don't read the token draw noise of layer and position alone.
         """
@@ -86,7 +88,7 @@ class RoutingState:
         if routing.draws_in_evaluation:
             samples = torch.zeros(batch, dtype=torch.int64, device=self.threshold.device)
             key = NoiseKey(config.training.seed, samples)
-        return self._inputs(self.evaluation_thresholds(), step, key, length)
+        return self._inputs(self.evaluation_thresholds(), step, key, positions)
 
     def evaluation_thresholds(self) -> Tensor:
         """[layers] float32: what a score must exceed for the layer to run in evaluation."""
@@ -109,7 +111,7 @@ class RoutingState:
         return routing.temperature + done * (routing.final_temperature - routing.temperature)
 
     def _inputs(
-        self, thresholds: Tensor, step: int, key: NoiseKey | None, length: int
+        self, thresholds: Tensor, step: int, key: NoiseKey | None, positions: Tensor
     ) -> dict[int, RouterInputs]:
         if not self.layers:
             return {}
@@ -117,7 +119,7 @@ class RoutingState:
         noise: list[Tensor | None] = [None] * len(self.layers)
         if key is not None:
             numbers = torch.tensor(self.layers, device=key.samples.device)
-            noise = list(logistic(key, numbers, length).unbind())
+            noise = list(logistic(key, numbers, positions).unbind())
         each = zip(self.layers, thresholds.unbind(), noise, strict=True)
         return {layer: RouterInputs(threshold, temperature, drawn) for layer, threshold, drawn in each}
 

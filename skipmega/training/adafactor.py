@@ -67,7 +67,7 @@ class ShardedAdafactor(torch.optim.Optimizer):
 
     Args:
         groups: of parameters.
-        grid: completes the sums over data ranks (ZeRO pieces) and tensor ranks (shards).
+        grid: completes the sums over replicas (ZeRO pieces) and tensor ranks (shards).
         lr: relative step size; the absolute one is ``lr * max(1e-3, RMS(parameter))``.
         beta2: decay of the second moment, bias-corrected.
         update_clip: updates with a larger RMS are scaled down to it.
@@ -125,7 +125,7 @@ class ShardedAdafactor(torch.optim.Optimizer):
             matrix = square.view(fragment.shape)
             rows.append(matrix.sum(dim=1))
             columns.append(matrix.sum(dim=0))
-        _sum_over(self._grid.data, [*rows, *columns])
+        _sum_over(self._grid.replicas, [*rows, *columns])
         cut_rows = [c for f, c in zip(group["fragments"], columns, strict=True) if f.dim == 0]
         cut_columns = [r for f, r in zip(group["fragments"], rows, strict=True) if f.dim == 1]
         _sum_over(self._grid.tensor, [*cut_rows, *cut_columns])
@@ -171,7 +171,7 @@ class ShardedAdafactor(torch.optim.Optimizer):
                 for weight, direction in zip(weights, directions, strict=True)
             ]
         )
-        _sum_over(self._grid.data, [squares])
+        _sum_over(self._grid.replicas, [squares])
         _sum_over(self._grid.tensor, [squares[i] for i, f in enumerate(fragments) if f.dim is not None])
         elements = torch.tensor([fragment.elements for fragment in fragments], device=piece.device)
         rms = (squares / elements.unsqueeze(1)).sqrt()

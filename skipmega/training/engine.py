@@ -19,6 +19,7 @@ from skipmega.kernels.attention import AttentionBackend, document_starts
 from skipmega.models.decoder import DecoderStage
 from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid
+from skipmega.parallel.logical import partition_dim
 from skipmega.parallel.mpu import DeepSpeedMpu
 from skipmega.parallel.pipeline import attach_loss, run_micro_batches
 from skipmega.routing.control import DensityController
@@ -51,7 +52,7 @@ class TrainingEngine:
                 parameter.grad_dtype = torch.float32
         create_moments(self.optimizer, self.stage, config, grid)
         self.routing = RoutingState(config, self.stage.routed_layers, grid.device)
-        self._controller = DensityController(self.routing, grid.data.mean)
+        self._controller = DensityController(self.routing, grid.tokens.mean)
         if config.training.compile:
             self.stage.compile_parts()
 
@@ -72,6 +73,7 @@ class TrainingEngine:
         micro_batches = self.config.micro_batches
         with self._deepspeed.coalesce_grad_reduction():
             self._run(self._training_step(step, sums, micro_batches), batches, micro_batches, backward=True)
+            self._sum_gradients_of_cut_tokens()
             self._sum_tied_embedding_gradients()
             sums.keep_router_gradients(self.stage.router_weights())
 
@@ -87,7 +89,7 @@ class TrainingEngine:
     def evaluate(self, batches: Iterator[TokenBatch], micro_batches: int, step: int) -> Averages:
         """Held-out loss and densities as after ``step`` steps: no router looks ahead, at
         ``routing.eval_capacity_factor`` and ``routing.eval_density``."""
-        sums = StepSums.zeros(self.config, self.grid.device)
+        sums = StepSums.zeros(self.config, self.grid)
         self.stage.eval()
         self._run(self._evaluation_step(step, sums), batches, micro_batches, backward=False)
         self.stage.train()
@@ -114,15 +116,15 @@ class TrainingEngine:
             batch = next(batches).to(self.grid.device)
             context = LayerContext(_since(batch), routing.capacity_factor, self.attention, warmed=warmed)
             key = NoiseKey(seed, batch.sample_ids)
-            inputs = self.routing.for_training(step, key, batch.tokens.shape[1])
+            inputs = self.routing.for_training(step, key, _positions(batch, stage))
             output = stage(batch.tokens, context, inputs)
             hidden = output.hidden
             if output.records:
                 densities = output.densities()
                 loss = self._controller.penalty(densities, step) + output.stacked("auxiliary").sum()
-                hidden = attach_loss(hidden, loss, 1 / micro_batches)
-                self._controller.observe(densities, output.stacked("score"))
-                sums.add_routing(output.records)
+                hidden = attach_loss(hidden, loss, 1 / (micro_batches * stage.shards.summed))
+                self._controller.observe(densities, stage.shards.whole(output.stacked("score"), dim=1))
+            sums.add_routing(output.records)
             return self._finish(stage, hidden, batch, sums)
 
         return forward
@@ -132,7 +134,8 @@ class TrainingEngine:
 
         def forward(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
-            inputs = self.routing.for_evaluation(step, *batch.tokens.shape)
+            sequences = batch.tokens.shape[0]
+            inputs = self.routing.for_evaluation(step, sequences, _positions(batch, stage))
             output = stage(batch.tokens, LayerContext(_since(batch), factor), inputs)
             sums.add_routing(output.records)
             return self._finish(stage, output.hidden, batch, sums)
@@ -145,14 +148,29 @@ class TrainingEngine:
         """The stage's output and, on the last stage, the micro-batch's loss.
 
         The loss is the sum over unmasked tokens divided by all positions, a constant, so that every token
-        of the global batch weighs the same on every grid.
+        of the global batch weighs the same on every grid. Gradients are averaged over context ranks as over
+        data ranks; the schedule multiplies by the number of the former, which leaves the positions of all.
         """
         if not self.grid.is_last_stage:
             return hidden, _no_loss
-        masked = stage.losses(hidden, batch.labels) * batch.loss_mask.t()
+        labels = stage.shards.take_context(batch.labels, dim=1)
+        loss_mask = stage.shards.take_context(batch.loss_mask, dim=1)
+        masked = stage.losses(hidden, labels) * loss_mask.t()
         sums.loss += masked.detach().sum()
-        sums.tokens += batch.loss_mask.sum()
-        return masked.sum() / masked.numel(), _loss_and_nothing
+        sums.tokens += loss_mask.sum()
+        return masked.sum() / batch.labels.numel(), _loss_and_nothing
+
+    def _sum_gradients_of_cut_tokens(self) -> None:
+        """Parameters that every tensor rank has whole (norms, routers) saw only that rank's tokens, if tokens
+        are cut over the tensor axis."""
+        if not self.grid.sequence_parallel:
+            return
+        replicated = [p for p in self.stage.parameters() if partition_dim(p) is None]
+        gradients = [p.grad for p in replicated if p.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together, group=self.grid.tensor.group)
+        for gradient, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
     def _sum_tied_embedding_gradients(self) -> None:
         if self.stage.shares_embedding:
@@ -168,7 +186,7 @@ def sums_in_fp32(config: RunConfig) -> bool:
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings; the pipeline schedule owns the micro-batches, so accumulation is one."""
-    replicas = config.parallel.data_parallel or 1
+    replicas = (config.parallel.data_parallel or 1) * config.parallel.context_parallel
     size = config.training.micro_batch_size
     return {
         "train_micro_batch_size_per_gpu": size,
@@ -185,6 +203,11 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 def _since(batch: TokenBatch) -> Tensor | None:
     return None if batch.document_ids is None else document_starts(batch.document_ids)
+
+
+def _positions(batch: TokenBatch, stage: DecoderStage) -> Tensor:
+    """[rows of this rank] int64."""
+    return stage.shards.positions(batch.tokens.shape[1], batch.tokens.device)
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, None]:

@@ -162,5 +162,5 @@ class TrainingLoop:
             sink.write(record)
 
     def _forget(self) -> None:
-        self._sums = StepSums.zeros(self.config, self.engine.grid.device)
+        self._sums = StepSums.zeros(self.config, self.engine.grid)
         self._steps = 0

@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from skipmega.config import RunConfig
 from skipmega.models.layer import RoutingRecord
 from skipmega.parallel.grid import ParallelGrid
+from skipmega.parallel.sequence import SequenceShards
 
 _MEANS = ("density", "executed", "computed", "entropy")
 
 
 @dataclass
 class StepSums:
-    """Sums over some micro-batches of this process, on its device.
+    """Sums over some micro-batches of this process's tokens, on its device.
 
     ``loss`` [] float32 sum of nats and ``tokens`` [] float32 their number (last stage; zero elsewhere). The
     rest is [num_layers] float32, filled for this stage's routed layers: sums over ``micro_batches`` of the
     share of tokens that were chosen (``density``), that ran (``executed``), the rows computed for them per
     token (``computed``, padding included) and the decisions' ``entropy`` in nats; ``fullest`` is the largest
-    share of a group that ran. ``router_gradients`` are the last step's, not yet averaged over data ranks,
+    share of a group that ran. ``router_gradients`` are the last step's, not yet averaged over replicas,
     [rows] by layer.
     """
 
@@ -34,25 +35,27 @@ class StepSums:
     entropy: Tensor
     fullest: Tensor
     group_size: int | None
+    shards: SequenceShards
     micro_batches: int = 0
     router_gradients: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, config: RunConfig, device: torch.device) -> "StepSums":
+    def zeros(cls, config: RunConfig, grid: ParallelGrid) -> "StepSums":
         """Nothing seen yet."""
 
         def of_layers() -> Tensor:
-            return torch.zeros(config.model.num_layers, device=device)
+            return torch.zeros(config.model.num_layers, device=grid.device)
 
         return cls(
-            loss=torch.zeros((), device=device),
-            tokens=torch.zeros((), device=device),
+            loss=torch.zeros((), device=grid.device),
+            tokens=torch.zeros((), device=grid.device),
             density=of_layers(),
             executed=of_layers(),
             computed=of_layers(),
             entropy=of_layers(),
             fullest=of_layers(),
             group_size=config.routing.group_size,
+            shards=SequenceShards.of(grid),
         )
 
     @torch.no_grad()
@@ -68,7 +71,8 @@ class StepSums:
         self.executed[layers] += executed.mean(dim=(1, 2))
         self.computed[layers] += executed.new_tensor([record.slots / tokens for record in each])
         self.entropy[layers] += torch.stack([record.entropy for record in each])
-        of_groups = executed.unflatten(1, (-1, self.group_size or executed.shape[1])).mean(dim=2)
+        grouped = self.shards.whole(executed, dim=1) if self.group_size is None else executed
+        of_groups = grouped.unflatten(1, (-1, self.group_size or grouped.shape[1])).mean(dim=2)
         self.fullest[layers] = torch.maximum(self.fullest[layers], of_groups.amax(dim=(1, 2)))
 
     def keep_router_gradients(self, weights: Mapping[int, nn.Parameter]) -> None:
@@ -85,7 +89,7 @@ class Averages:
     """Global means of :class:`StepSums`: ``loss`` in nats per token, the rest by global layer number.
 
     ``router_gradient`` is the norm of the last step's gradient (before clipping); ``fullest_group`` the
-    largest share of a group that ran, ``fullest_rank`` the largest mean share of a data rank.
+    largest share of a group that ran, ``fullest_rank`` the largest mean share of a rank.
     """
 
     loss: float
@@ -103,15 +107,16 @@ def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
     layers = config.model.num_layers
     means = torch.stack([getattr(sums, name) for name in _MEANS]) / max(sums.micro_batches, 1)
     peaks = torch.stack([sums.fullest, means[_MEANS.index("executed")]])
-    total = torch.cat([sums.loss.view(1), sums.tokens.view(1), (means / grid.data.size).flatten()])
-    norms = torch.zeros(layers, device=total.device)
+    norms = means.new_zeros(layers)
     if sums.router_gradients:
-        gradients = grid.data.mean(torch.stack(list(sums.router_gradients.values())))
+        gradients = grid.replicas.mean(torch.stack(list(sums.router_gradients.values())))
         norms[list(sums.router_gradients)] = gradients.norm(dim=1)
-    for axis in (grid.data, grid.pipeline):
-        dist.all_reduce(total, group=axis.group)
+    losses = torch.stack([sums.loss, sums.tokens])
+    dist.all_reduce(losses, group=grid.replicas.group)
+    total = torch.cat([losses, grid.tokens.mean(means).flatten(), norms])
+    dist.all_reduce(total, group=grid.pipeline.group)
+    for axis in (grid.tokens, grid.pipeline):
         dist.all_reduce(peaks, group=axis.group, op=dist.ReduceOp.MAX)
-    dist.all_reduce(norms, group=grid.pipeline.group)
-    loss, tokens, *rest = torch.cat([total, norms, peaks.flatten()]).tolist()
+    loss, tokens, *rest = torch.cat([total, peaks.flatten()]).tolist()
     by_layer = [rest[i : i + layers] for i in range(0, len(rest), layers)]
     return Averages(loss / max(tokens, 1.0), *by_layer)

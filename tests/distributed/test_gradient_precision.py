@@ -41,7 +41,7 @@ def first_step(gradient_precision: str, micro_batches: int, same: bool, zero_sta
     batches: Iterator[TokenBatch] = tiny_batches(config, grid)
     if same:
         batches = repeat(next(batches))
-    engine.accumulate_gradients(batches, 0, StepSums.zeros(config, grid.device))
+    engine.accumulate_gradients(batches, 0, StepSums.zeros(config, grid))
     gradients = gather_logical(engine, grid, safe_get_full_grad)
     norm = float(engine.apply_gradients(0, 1e-3))
     release_grid()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from skipmega.kernels.attention import document_starts, packed_attention
-from support.steps import train_tiny
+from support.steps import tiny_grid, train_tiny
 from support.worlds import run_world
 
 pytestmark = [
@@ -43,7 +43,8 @@ def check_near(found, expected, tolerance):
 
 
 def train(*variants):
-    return [train_tiny(1, 1, STEPS, overrides) for overrides in variants]
+    with tiny_grid({}) as grid:
+        return [train_tiny(grid, {}, STEPS, overrides) for overrides in variants]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
+from skipmega.config import ParallelConfig
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.evaluation import (
     EvaluationResult,
@@ -113,7 +114,8 @@ def examine(
     from skipmega.inference.native import NativeModel
     from skipmega.parallel.grid import create_grid, release_grid
 
-    grid = create_grid(discover_process(), tensor, pipeline)
+    parallel = ParallelConfig(tensor_parallel=tensor, pipeline_parallel=pipeline)
+    grid = create_grid(discover_process(), parallel)
     checkpoint = Checkpoint.open(checkpoints[EVALUATED])
     model = NativeModel.load(checkpoint, grid)
     tokenizer = Tokenizer.load(str(checkpoint.config.data.tokenizer))

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-from skipmega.config import RunConfig, build_config, resolve_grid, resolve_vocabulary
+from skipmega.config import ParallelConfig, RunConfig, build_config, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import TokenBatch
 from skipmega.kernels.attention import document_starts
 from skipmega.launch.environment import discover_process
@@ -23,7 +24,7 @@ from skipmega.training.sums import StepSums, average
 
 SAMPLES_PER_MICRO_STEP = 4
 GLOBAL_BATCH = 8
-LENGTH = 32
+LENGTH = 64
 VOCABULARY = 128
 
 
@@ -39,7 +40,7 @@ def tiny_config(overrides: dict[str, dict[str, Any]] | None = None) -> RunConfig
             "vocab_size": VOCABULARY,
             "init_std": 0.2,
         },
-        "routing": {"router": "gumbel", "density_loss_weight": 1.0, "group_size": 16, "capacity_factor": 1.1},
+        "routing": {"router": "gumbel", "density_loss_weight": 1.0, "group_size": 8, "capacity_factor": 1.1},
         "data": {"sequence_length": LENGTH},
         "training": {
             "global_batch_size": GLOBAL_BATCH,
@@ -72,29 +73,37 @@ def tiny_batches(config: RunConfig, grid: ParallelGrid, first_sample: int = 0) -
         sample += size * replicas
 
 
+@contextmanager
+def tiny_grid(parallel: dict[str, Any]) -> Iterator[ParallelGrid]:
+    """The grid of this world that the section says, released in the end. Costs: gloo keeps some threads."""
+    yield create_grid(discover_process(), ParallelConfig(**parallel))
+    release_grid()
+
+
 def train_tiny(
-    tensor: int, pipeline: int, steps: int, overrides: dict[str, dict[str, Any]] | None = None
+    grid: ParallelGrid,
+    parallel: dict[str, Any],
+    steps: int,
+    overrides: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train on this world's grid; every rank returns the same logical results.
+    """Train on ``grid``, which is :func:`tiny_grid` of ``parallel``; every rank returns the same results.
 
     A micro-batch over all data ranks is the same on every grid, or with ``training.micro_batch_size`` given
     that of each data rank.
 
     Returns losses and grad-norms per step, the gradients of the first and last step and the fp32 weights
     before the last one and at the end by logical name, what was seen per step, the held-out averages and the
-    routing state; ``same_micro_batches`` says whether each is one of a single process.
+    routing state; ``same_micro_batches`` says whether each is one of a single process, ``same_rows`` whether
+    none is cut either.
     """
-    process = discover_process()
-    replicas = process.world_size // (tensor * pipeline)
-    config = tiny_config(overrides)
+    config = tiny_config({**(overrides or {}), "parallel": parallel})
+    replicas = grid.data.size
     size = (overrides or {}).get("training", {}).get("micro_batch_size")
     training = config.training.model_copy(
         update={"micro_batch_size": size or SAMPLES_PER_MICRO_STEP // replicas}
     )
-    parallel = config.parallel.model_copy(update={"tensor_parallel": tensor, "pipeline_parallel": pipeline})
-    config = config.model_copy(update={"training": training, "parallel": parallel})
-    config = resolve_grid(resolve_vocabulary(config, None), process.world_size)
-    grid = create_grid(process, tensor, pipeline)
+    config = config.model_copy(update={"training": training})
+    config = resolve_grid(resolve_vocabulary(config, None), grid.world_size)
     torch.manual_seed(grid.rank)
     engine = TrainingEngine(config, grid)
     batches = tiny_batches(config, grid)
@@ -102,7 +111,7 @@ def train_tiny(
     gradients: list[dict[str, torch.Tensor]] = []
     weights: list[dict[str, torch.Tensor]] = []
     for step in range(steps):
-        sums = StepSums.zeros(config, grid.device)
+        sums = StepSums.zeros(config, grid)
         if step == steps - 1:
             weights.append(gather_logical(engine, grid, safe_get_full_fp32_param))
         engine.accumulate_gradients(batches, step, sums)
@@ -114,12 +123,13 @@ def train_tiny(
     held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches, steps)
     weights.append(gather_logical(engine, grid, safe_get_full_fp32_param))
     state = gather_state(engine, grid)
-    release_grid()
+    same_micro_batches = replicas == 1 or size is not None
     return {
         "losses": losses, "norms": norms, "gradients": gradients[0], "last_gradients": gradients[-1],
         "weights": weights[-1], "last_weights": weights[0], "state": state, "seen": seen,
         "held_out": held_out,
-        "same_micro_batches": replicas == 1 or size is not None,
+        "same_micro_batches": same_micro_batches,
+        "same_rows": same_micro_batches and config.parallel.sequence_shards == 1,
     }  # fmt: skip
 
 
@@ -151,7 +161,7 @@ def plain_step(
         since = document_starts(batch.document_ids)
         context = LayerContext(since, routing.capacity_factor, warmed=warmed)
         key = NoiseKey(config.training.seed, batch.sample_ids)
-        output = stage(batch.tokens, context, state.for_training(step, key, LENGTH))
+        output = stage(batch.tokens, context, state.for_training(step, key, torch.arange(LENGTH)))
         logits = stage.logits(output.hidden).transpose(0, 1)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
         losses.append(loss.item())

@@ -81,7 +81,11 @@ class Native:
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> StageOutput:
-        return self.stage(tokens, LayerContext(None, None), self.routing.for_evaluation(STEP, *tokens.shape))
+        return self.stage(
+            tokens,
+            LayerContext(None, None),
+            self.routing.for_evaluation(STEP, tokens.shape[0], torch.arange(tokens.shape[1])),
+        )
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

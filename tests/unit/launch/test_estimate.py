@@ -228,7 +228,7 @@ def kept_for_backward(config: RunConfig, grid: ParallelGrid) -> float:
     layer = torch.compile(stage.layers["0"], backend="aot_eager_decomp_partition", dynamic=False)
     length, batch = config.data.sequence_length, config.training.micro_batch_size
     state = RoutingState(config, stage.routed_layers, grid.device)
-    inputs = state.for_training(0, NoiseKey(1, torch.arange(batch)), length).get(0)
+    inputs = state.for_training(0, NoiseKey(1, torch.arange(batch)), torch.arange(length)).get(0)
     hidden = torch.randn(length, batch, config.model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}

@@ -85,9 +85,9 @@ class Model:
     ) -> Seen:
         self.stage.train(training)
         if training:
-            inputs = self.state.for_training(3, NoiseKey(5, torch.arange(BATCH)), LENGTH)
+            inputs = self.state.for_training(3, NoiseKey(5, torch.arange(BATCH)), torch.arange(LENGTH))
         else:
-            inputs = self.state.for_evaluation(3, *tokens.shape)
+            inputs = self.state.for_evaluation(3, tokens.shape[0], torch.arange(tokens.shape[1]))
         since = None if documents is None else document_starts(documents)
         output = self.stage(tokens, LayerContext(since, factor), inputs)
         executed = output.stacked("executed") if output.records else torch.zeros(0, LENGTH, BATCH)

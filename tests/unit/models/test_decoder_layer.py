@@ -82,7 +82,7 @@ def random_hidden(seed: int = SEED) -> Tensor:
 
 
 def random_noise() -> Tensor:
-    return logistic(NoiseKey(SEED, torch.tensor([3, 8])), torch.tensor([LAYER]), LENGTH)[0]
+    return logistic(NoiseKey(SEED, torch.tensor([3, 8])), torch.tensor([LAYER]), torch.arange(LENGTH))[0]
 
 
 @dataclass(frozen=True)

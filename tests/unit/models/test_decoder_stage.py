@@ -34,7 +34,7 @@ def test_losses_are_the_nats_of_the_labels_under_the_logits(grid: ParallelGrid, 
     stage, state = make_stage(grid, tie)
     tokens = random_tokens(3)
     labels = tokens.flip(0)
-    output = stage.eval()(tokens, LayerContext(None, None), state.for_evaluation(0, 3, LENGTH))
+    output = stage.eval()(tokens, LayerContext(None, None), state.for_evaluation(0, 3, torch.arange(LENGTH)))
     logits = stage.logits(output.hidden).double()
     assert logits.shape == (LENGTH, 3, VOCABULARY)
     losses = stage.losses(output.hidden, labels)
@@ -49,14 +49,16 @@ def test_each_routed_layer_gets_the_noise_of_its_own_number(grid: ParallelGrid) 
     """And reports the share that chose to run, before capacity, with the router's gradient."""
     stage, state = make_stage(grid)
     key, tokens = NoiseKey(7, torch.tensor([4, 2**33])), random_tokens(2)
-    context, inputs = LayerContext(None, 0.5), state.for_training(0, key, LENGTH)
+    context, inputs = LayerContext(None, 0.5), state.for_training(0, key, torch.arange(LENGTH))
     assert list(inputs) == [1, 2], "the routed layers, by global number"
     output = stage(tokens, context, inputs)
-    hidden, chosen = stage.embedding(tokens).transpose(0, 1), []
+    hidden, chosen = stage.embedding(tokens), []
     for number in range(4):
         told = None
         if number in inputs:
-            told = inputs[number]._replace(noise=logistic(key, torch.tensor([number]), LENGTH)[0])
+            told = inputs[number]._replace(
+                noise=logistic(key, torch.tensor([number]), torch.arange(LENGTH))[0]
+            )
         hidden, record = stage.layers[str(number)](hidden, told, context)
         assert (record is None) == (number not in inputs)
         if record is not None:
@@ -65,7 +67,7 @@ def test_each_routed_layer_gets_the_noise_of_its_own_number(grid: ParallelGrid) 
     assert torch.equal(output.hidden, hidden)
     torch.testing.assert_close(output.densities(), torch.stack(chosen))
     assert output.densities().requires_grad
-    greedy = stage(tokens, context, state.for_evaluation(0, 2, LENGTH))
+    greedy = stage(tokens, context, state.for_evaluation(0, 2, torch.arange(LENGTH)))
     assert not torch.equal(output.hidden, greedy.hidden), "evaluation draws nothing"
 
 
@@ -73,7 +75,7 @@ def test_each_layer_has_its_own_density(grid: ParallelGrid) -> None:
     stage, state = make_stage(grid, router="topk", density=[0.25, 0.75])
     key = NoiseKey(0, torch.arange(2))
     context = LayerContext(None, 1.0)
-    output = stage(random_tokens(2), context, state.for_training(0, key, LENGTH))
+    output = stage(random_tokens(2), context, state.for_training(0, key, torch.arange(LENGTH)))
     assert output.densities().tolist() == [0.25, 0.75]
 
 
@@ -90,7 +92,7 @@ def test_the_layers_asked_for_are_routed(
     grid: ParallelGrid, routing: dict[str, Any], routed: list[int]
 ) -> None:
     stage, state = make_stage(grid, **routing)
-    inputs = state.for_training(0, NoiseKey(0, torch.arange(2)), LENGTH)
+    inputs = state.for_training(0, NoiseKey(0, torch.arange(2)), torch.arange(LENGTH))
     assert list(stage(random_tokens(2), LayerContext(None, None), inputs).records) == routed
     assert list(stage.router_weights()) == routed
 
@@ -98,6 +100,6 @@ def test_the_layers_asked_for_are_routed(
 @pytest.mark.parametrize(("training", "slots"), [(True, 3), (False, 9)])
 def test_capacity_follows_the_density_that_is_wanted(grid: ParallelGrid, training: bool, slots: int) -> None:
     stage, state = make_stage(grid, density=0.25, eval_density=0.75)
-    inputs = state.for_evaluation(0, 2, LENGTH)
+    inputs = state.for_evaluation(0, 2, torch.arange(LENGTH))
     output = stage.train(training)(random_tokens(2), LayerContext(None, 1.0), inputs)
     assert {record.slots for record in output.records.values()} == {slots * 2}

@@ -140,7 +140,7 @@ def test_matrices_of_the_account_are_those_that_the_model_multiplies(grid: Paral
         )
     stage = DecoderStage(config, grid).train()
     inputs = RoutingState(config, stage.routed_layers, grid.device).for_training(
-        0, NoiseKey(1, torch.arange(BATCH)), LENGTH
+        0, NoiseKey(1, torch.arange(BATCH)), torch.arange(LENGTH)
     )
     counter = FlopCounterMode(display=False)
     with counter:

@@ -44,7 +44,7 @@ def train_once(grid: ParallelGrid, routing: dict[str, Any], recompute: str) -> t
 
     tokens = torch.randint(0, 64, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     state = RoutingState(config, stage.routed_layers, grid.device)
-    inputs = state.for_training(3, NoiseKey(1, torch.arange(BATCH)), LENGTH)
+    inputs = state.for_training(3, NoiseKey(1, torch.arange(BATCH)), torch.arange(LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = stage(tokens, LayerContext(None, 1.25), inputs)
         loss = stage.losses(output.hidden, tokens).mean() + output.densities().sum()

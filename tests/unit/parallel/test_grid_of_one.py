@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 
+from skipmega.config import ParallelConfig
 from skipmega.errors import ConfigError
 from skipmega.parallel.grid import Axis, ParallelGrid, create_grid
 from skipmega.parallel.layers import token_losses
@@ -14,11 +15,12 @@ from skipmega.parallel.process import ProcessInfo
 
 
 def test_one_process_is_first_last_and_everything_between(grid: ParallelGrid) -> None:
-    for axis in (grid.tensor, grid.pipeline, grid.data, grid.model):
+    axes = (grid.tensor, grid.context, grid.pipeline, grid.data, grid.model)
+    for axis in (*axes, grid.replicas, grid.shards, grid.tokens):
         assert (axis.size, axis.rank) == (1, 0)
     assert grid.is_first_stage
     assert grid.is_last_stage
-    assert grid.describe() == "1 processes: tensor 1 x pipeline 1 x data 1 on cpu, gloo"
+    assert grid.describe() == "1 processes: tensor 1 x context 1 x pipeline 1 x data 1 on cpu, gloo"
 
 
 def test_a_mean_over_an_axis_is_a_detached_copy(grid: ParallelGrid) -> None:
@@ -31,8 +33,11 @@ def test_a_mean_over_an_axis_is_a_detached_copy(grid: ParallelGrid) -> None:
 
 def test_a_world_that_the_grid_does_not_divide_is_refused_before_communication_starts() -> None:
     process = ProcessInfo(rank=0, world_size=6, local_rank=0, launcher="torchrun")
-    with pytest.raises(ConfigError, match=r"6 processes cannot hold tensor_parallel=2 x pipeline_parallel=2"):
-        create_grid(process, tensor_parallel=2, pipeline_parallel=2)
+    with pytest.raises(
+        ConfigError,
+        match=r"6 processes cannot hold parallel.tensor_parallel=2 x parallel.pipeline_parallel=2",
+    ):
+        create_grid(process, ParallelConfig(tensor_parallel=2, pipeline_parallel=2))
 
 
 def test_deepspeed_is_told_of_groups_and_never_of_sequence_parallelism(grid: ParallelGrid) -> None:

@@ -167,7 +167,9 @@ def test_the_bias_holds_density_while_scores_drift(router: str, target: float) -
                 parameter.fill_(1.0)
                 if len(parameter) == 2:
                     parameter[0] = 0.0
-            inputs = controller.state.for_training(step, NoiseKey(0, torch.arange(4) + 4 * step), 256)
+            inputs = controller.state.for_training(
+                step, NoiseKey(0, torch.arange(4) + 4 * step), torch.arange(256)
+            )
             decisions = [layer(tokens, told, target) for told in inputs.values()]
         densities = torch.stack([decision.execute.float().mean() for decision in decisions])
         controller.observe(densities, torch.stack([decision.score for decision in decisions]))

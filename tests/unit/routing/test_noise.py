@@ -18,11 +18,11 @@ Draw = Callable[[noise.NoiseKey, Tensor, int], Tensor]
 
 def uniform(seed: int, samples: Tensor, layer: int, length: int) -> Tensor:
     """Of one layer, [length, b]."""
-    return noise.uniform(noise.NoiseKey(seed, samples), torch.tensor([layer]), length)[0]
+    return noise.uniform(noise.NoiseKey(seed, samples), torch.tensor([layer]), torch.arange(length))[0]
 
 
 def logistic(seed: int, samples: Tensor, layer: int, length: int) -> Tensor:
-    return noise.logistic(noise.NoiseKey(seed, samples), torch.tensor([layer]), length)[0]
+    return noise.logistic(noise.NoiseKey(seed, samples), torch.tensor([layer]), torch.arange(length))[0]
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -48,12 +48,13 @@ def test_a_sample_s_noise_does_not_depend_on_its_batch() -> None:
 
 
 @pytest.mark.parametrize("draw", [noise.uniform, noise.logistic])
-def test_a_layer_s_noise_does_not_depend_on_its_stage(draw: Draw) -> None:
-    """Layers are drawn together; which ones are together depends on the pipeline."""
+def test_noise_of_a_token_and_layer_does_not_depend_on_those_drawn_with_it(draw: Draw) -> None:
+    """Which ones are together depends on the grid."""
     key = noise.NoiseKey(1234, SAMPLES)
-    whole = draw(key, torch.arange(6), LENGTH)
+    whole = draw(key, torch.arange(6), torch.arange(LENGTH))
     assert whole.shape == (6, LENGTH, len(SAMPLES))
-    assert torch.equal(draw(key, torch.tensor([5, 2]), LENGTH), whole[[5, 2]])
+    some = torch.tensor([3, 8])  # of a rank that has a part of the sequence
+    assert torch.equal(draw(key, torch.tensor([5, 2]), some), whole[[5, 2]][:, some])
 
 
 def test_the_logistic_is_that_of_the_uniform() -> None:

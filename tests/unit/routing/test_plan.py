@@ -125,13 +125,26 @@ def test_later_decisions_never_touch_earlier_tokens(
 @given(cases())
 def test_dropless_keeps_exactly_the_executed_tokens(case: tuple[Tensor, int, int]) -> None:
     execute, group_size, _ = case
-    length = execute.shape[0]
+    length, batch = execute.shape
     plan = make_plan(execute, group_size, None)
     assert torch.equal(plan.kept, execute)
-    assert plan.positions.shape[0] == max(1, int(execute.sum(0).max())), (
-        "no more slots than the fullest needs"
-    )
-    check_against_the_walk(plan, execute, length, plan.positions.shape[0])
+    fullest = max(1, int(execute.view(-1, group_size, batch).sum(1).max()))
+    assert plan.positions.shape[0] == length // group_size * fullest, "no more slots than the fullest needs"
+    check_against_the_walk(plan, execute, group_size, fullest)
+
+
+@settings(deadline=None)
+@given(cases(), st.data())
+def test_a_part_is_the_plan_of_its_rows_alone(case: tuple[Tensor, int, int], data: st.DataObject) -> None:
+    execute, group_size, capacity = case
+    groups = len(execute) // group_size
+    parts = data.draw(st.sampled_from([n for n in range(1, groups + 1) if groups % n == 0]), label="parts")
+    plan = make_plan(*case)
+    for index, rows in enumerate(execute.chunk(parts)):
+        part, alone = plan.part(index, parts), make_plan(rows, group_size, capacity)
+        assert torch.equal(part.rows, alone.rows)
+        assert torch.equal(part.slots, alone.slots)
+        assert torch.equal(part.positions, alone.positions)
 
 
 def test_overflow_is_dropped_from_the_end_of_each_group_only() -> None:
@@ -146,7 +159,7 @@ def test_nobody_executes(capacity: int | None) -> None:
     plan = make_plan(torch.zeros(8, 2, dtype=torch.bool), 4, capacity)
     assert (plan.slots == -1).all()
     assert not plan.kept.any()
-    ends = [7] if capacity is None else [3] * capacity + [7] * capacity
+    ends = [3] * (capacity or 1) + [7] * (capacity or 1)
     assert plan.positions.t().tolist() == [ends, ends], "padding names the last row of its group"
 
 

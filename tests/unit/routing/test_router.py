@@ -155,7 +155,7 @@ def test_a_coin_falls_as_often_as_its_threshold_says(kind: str, share: float) ->
     """Whatever the token; a bias of the router counts like a threshold."""
     router = make_router(**KINDS[kind])
     bias = 0.0 if router.bias is None else router.bias.item()
-    noise = logistic(NoiseKey(4, torch.arange(BATCH)), torch.tensor([2]), 4096)[0]
+    noise = logistic(NoiseKey(4, torch.arange(BATCH)), torch.tensor([2]), torch.arange(4096))[0]
     threshold = bias - math.log(share / (1 - share))
     decision = router(random_tokens(4096), told(threshold, 0.5, noise), 0.5)
     count = 4096 * BATCH

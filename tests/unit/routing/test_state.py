@@ -14,6 +14,7 @@ from skipmega.routing.router import Decision, Router
 from skipmega.routing.state import LEVELS, RoutingState, warmed_up
 
 LAYERS, HIDDEN, LENGTH, BATCH = 10, 64, 512, 4
+AT = torch.arange(LENGTH)
 CPU = torch.device("cpu")
 KEY = NoiseKey(3, torch.arange(BATCH))
 DENSITIES = [0.1, 0.25, 0.5, 0.8, 0.95]
@@ -50,7 +51,7 @@ def normed_tokens(layer: int) -> Tensor:
 def decide(config: RunConfig, training: bool, step: int = 0) -> list[Decision]:
     """Of every layer."""
     state = make_state(config)
-    trained, evaluated = state.for_training(step, KEY, LENGTH), state.for_evaluation(step, BATCH, LENGTH)
+    trained, evaluated = state.for_training(step, KEY, AT), state.for_evaluation(step, BATCH, AT)
     inputs = trained if training else evaluated
     wanted = {layer: 1 - (1 - d) * warmed_up(config, step) for layer, d in config.densities.items()}
     return [
@@ -117,7 +118,7 @@ def test_temperature_runs_linearly_over_the_run() -> None:
         [2.0 - 0.15 * step for step in range(11)]
     )
     assert state.temperature(1000) == pytest.approx(0.5), "evaluation after the last step"
-    inputs = state.for_training(4, KEY, LENGTH)
+    inputs = state.for_training(4, KEY, AT)
     assert all(told.temperature.item() == pytest.approx(1.4) for told in inputs.values())
     assert make_state(make_config(temperature=2.0)).temperature(50) == 2.0
     assert make_state(make_config(steps=1, temperature=2.0, final_temperature=1.0)).temperature(0) == 2.0
@@ -172,7 +173,7 @@ def test_the_dial_gives_evaluation_another_density(router: str, wanted: float) -
             scores = torch.cat([skewed(layer, 2 * step + micro_batch) for layer in state.layers])
             controller.observe(torch.full((3,), 0.4), scores)
         controller.end_step(step)
-    for layer, told in state.for_evaluation(15, 1, 2000).items():
+    for layer, told in state.for_evaluation(15, 1, torch.arange(2000)).items():
         above = (skewed(layer, 999, 20_000) > told.threshold).double().mean()
         assert above == pytest.approx(wanted, abs=0.02)
         assert told.noise is None
@@ -185,7 +186,7 @@ def test_the_dial_gives_the_learned_coin_another_density() -> None:
     controller = DensityController(state, lambda tensor: tensor)
     controller.observe(torch.full((LAYERS,), 0.4), torch.full((LAYERS, LENGTH, BATCH), 1.3))
     controller.end_step(0)
-    for layer, told in state.for_evaluation(1, BATCH, LENGTH).items():
+    for layer, told in state.for_evaluation(1, BATCH, AT).items():
         router = fresh_router(config, layer)
         torch.nn.init.constant_(router.get_parameter("bias"), 1.3)
         decision = router(normed_tokens(layer), told, 0.4)
@@ -198,7 +199,9 @@ def test_without_the_dial_evaluation_compares_with_the_threshold_of_training() -
         state = make_state(make_config(router=router, density=0.3))
         state.threshold += 0.7
         assert torch.equal(state.evaluation_thresholds(), state.threshold)
-        trained = torch.stack([told.threshold for told in state.for_training(0, KEY, 8).values()])
+        trained = torch.stack(
+            [told.threshold for told in state.for_training(0, KEY, torch.arange(8)).values()]
+        )
         assert torch.equal(trained, state.threshold)
     state = make_state(make_config(router="quantile", density=0.25))
     state.quantiles.copy_(torch.linspace(0, 64, LEVELS).expand_as(state.quantiles))
@@ -233,21 +236,21 @@ def test_quantiles_are_those_of_the_scores() -> None:
 def test_training_draws_by_sample_and_evaluation_by_position_alone() -> None:
     state = make_state(make_config(router="random"))
     layers = torch.tensor(state.layers)
-    trained = state.for_training(0, KEY, 8)
-    for told, expected in zip(trained.values(), logistic(KEY, layers, 8), strict=True):
+    trained = state.for_training(0, KEY, torch.arange(8))
+    for told, expected in zip(trained.values(), logistic(KEY, layers, torch.arange(8)), strict=True):
         assert told.noise is not None
         assert torch.equal(told.noise, expected)
-    evaluated = state.for_evaluation(0, 3, 8)[4].noise
+    evaluated = state.for_evaluation(0, 3, torch.arange(8))[4].noise
     assert evaluated is not None
     assert evaluated.shape == (8, 3)
     assert torch.equal(evaluated, evaluated[:, :1].expand(8, 3))
-    shorter = state.for_evaluation(0, 1, 5)[4].noise
+    shorter = state.for_evaluation(0, 1, torch.arange(5))[4].noise
     assert shorter is not None
     assert torch.equal(shorter, evaluated[:5, :1])
     for router, training in (("gumbel", True), ("sigmoid", False), ("quantile", False), ("topk", False)):
         state = make_state(make_config(router=router))
-        assert (state.for_training(0, KEY, 8)[1].noise is not None) == training
-        assert state.for_evaluation(0, 2, 8)[1].noise is None
+        assert (state.for_training(0, KEY, torch.arange(8))[1].noise is not None) == training
+        assert state.for_evaluation(0, 2, torch.arange(8))[1].noise is None
 
 
 def test_the_state_is_saved_and_loaded_by_layer() -> None:
@@ -278,6 +281,6 @@ def test_the_state_is_saved_and_loaded_by_layer() -> None:
 def test_a_stage_without_routed_layers_has_an_empty_state() -> None:
     state = RoutingState(make_config(), [], CPU)
     assert state.tensors() == {}
-    assert state.for_training(0, KEY, 8) == {}
-    assert state.for_evaluation(0, 2, 8) == {}
+    assert state.for_training(0, KEY, torch.arange(8)) == {}
+    assert state.for_evaluation(0, 2, torch.arange(8)) == {}
     DensityController(state, lambda tensor: tensor).end_step(0)

@@ -57,7 +57,7 @@ class Setup:
             }
             for kind, piece in self.pieces.items()
         ]
-        grid = SimpleNamespace(data=alone(), tensor=alone())
+        grid = SimpleNamespace(replicas=alone(), tensor=alone())
         self.optimizer = ShardedAdafactor(groups, grid, lr=1.0, beta2=BETA2, update_clip=CLIP)  # type: ignore[arg-type]
         self.optimizer.place(self.fragments)
 
@@ -147,7 +147,7 @@ def test_a_vector_s_zero_gradient_changes_nothing() -> None:
 def test_rows_without_a_gradient_stay_finite(rows: list[float]) -> None:
     piece, alone = nn.Parameter(torch.ones(12)), Axis(1, 0, None)  # type: ignore[arg-type]
     groups = [{"name": "matrices", "kind": "matrices", "params": [piece], "weight_decay": 0.0}]
-    grid = SimpleNamespace(data=alone, tensor=alone)
+    grid = SimpleNamespace(replicas=alone, tensor=alone)
     optimizer = ShardedAdafactor(groups, grid, lr=0.1, beta2=0.99, update_clip=1.0)  # type: ignore[arg-type]
     optimizer.place({"matrices": [Fragment("m", (4, 3), (4, 3), None, 0, 12, 0)]})
     piece.grad = torch.tensor(rows).repeat_interleave(3)

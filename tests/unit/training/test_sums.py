@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from skipmega.config import RunConfig, build_config
+from skipmega.config import ParallelConfig, RunConfig, build_config
 from skipmega.models.layer import RoutingRecord
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication, release_grid
 from skipmega.parallel.process import ProcessInfo
 from skipmega.training.sums import StepSums, average
 from support.worlds import run_world
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ SECOND = {
 
 def test_shares_are_means_over_tokens_and_micro_batches(grid: ParallelGrid) -> None:
     config = make_config()
-    sums = StepSums.zeros(config, CPU)
+    sums = StepSums.zeros(config, grid)
     sums.add_routing(FIRST)
     sums.add_routing(SECOND)
     sums.loss += 12.0
@@ -90,7 +88,7 @@ def test_the_fullest_group_is_the_fullest_of_all_micro_batches(
     """Groups are pieces of one sequence: of layer 1, two of the four first tokens are the most."""
     config = make_config(group_size)
     for order in ((FIRST, SECOND), (SECOND, FIRST)):
-        sums = StepSums.zeros(config, CPU)
+        sums = StepSums.zeros(config, grid)
         for records in order:
             sums.add_routing(records)
         assert average(sums, config, grid).fullest_group == pytest.approx(fullest)
@@ -99,26 +97,26 @@ def test_the_fullest_group_is_the_fullest_of_all_micro_batches(
 def test_groups_are_consecutive_tokens_of_one_sequence(grid: ParallelGrid) -> None:
     """Half of each pair runs, although each position's two tokens differ as much as they can."""
     config = make_config(2)
-    sums = StepSums.zeros(config, CPU)
+    sums = StepSums.zeros(config, grid)
     sums.add_routing({1: record(["x.x.", "x.x."]), 2: record(["xx..", ".x.."])})
     assert average(sums, config, grid).fullest_group == pytest.approx([0, 0.5, 1.0, 0])
 
 
 def test_nothing_seen_is_zero(grid: ParallelGrid) -> None:
     config = make_config()
-    seen = average(StepSums.zeros(config, CPU), config, grid)
+    seen = average(StepSums.zeros(config, grid), config, grid)
     assert (seen.loss, seen.density, seen.fullest_rank) == (0.0, [0.0] * 4, [0.0] * 4)
 
 
-def test_a_stage_without_routers_counts_its_micro_batches() -> None:
-    sums = StepSums.zeros(make_config(), CPU)
+def test_a_stage_without_routers_counts_its_micro_batches(grid: ParallelGrid) -> None:
+    sums = StepSums.zeros(make_config(), grid)
     sums.add_routing({})
     assert sums.micro_batches == 1
 
 
-def test_the_sums_carry_no_graph() -> None:
+def test_the_sums_carry_no_graph(grid: ParallelGrid) -> None:
     chosen = torch.full((4, 2), 0.5, requires_grad=True)
-    sums = StepSums.zeros(make_config(), CPU)
+    sums = StepSums.zeros(make_config(), grid)
     sums.add_routing({1: FIRST[1]._replace(chosen=chosen * 2)})
     assert not sums.density.requires_grad
 
@@ -133,7 +131,7 @@ def routers(gradients: dict[int, list[float]]) -> dict[int, nn.Parameter]:
 
 def test_the_router_gradient_is_the_norm_of_the_last_step_s(grid: ParallelGrid) -> None:
     config = make_config()
-    sums = StepSums.zeros(config, CPU)
+    sums = StepSums.zeros(config, grid)
     sums.keep_router_gradients(routers({1: [30.0, 40.0], 2: [1.0, 0.0]}))
     weights = routers({1: [3.0, 4.0], 2: [0.0, 0.0]})
     weights[2].grad = None
@@ -147,7 +145,9 @@ def averages_of_both_grids() -> list[dict[str, Any]]:
     """For ``run_world`` of 2: each rank's means, the ranks being data ranks, then stages, that saw different
     things."""
     rank, config = int(os.environ["RANK"]), make_config()
-    by_data, by_stage = StepSums.zeros(config, CPU), StepSums.zeros(config, CPU)
+    process = ProcessInfo(rank, 2, rank, "torchrun")
+    grid = create_grid(process)
+    by_data, by_stage = StepSums.zeros(config, grid), StepSums.zeros(config, grid)
     by_data.add_routing((FIRST, SECOND)[rank])
     by_data.loss += (6.0, 3.0)[rank]
     by_data.tokens += (8.0, 4.0)[rank]
@@ -159,11 +159,9 @@ def averages_of_both_grids() -> list[dict[str, Any]]:
     if rank == 1:
         by_stage.loss += 6.0
         by_stage.tokens += 8.0
-    seen = []
-    for pipeline, sums in ((1, by_data), (2, by_stage)):
-        grid = create_grid(ProcessInfo(rank, 2, rank, "torchrun"), pipeline_parallel=pipeline)
-        seen.append(vars(average(sums, config, grid)))
-        release_grid()
+    seen = [vars(average(by_data, config, grid))]
+    release_grid()
+    seen.append(vars(average(by_stage, config, create_grid(process, ParallelConfig(pipeline_parallel=2)))))
     return seen
 
 
