@@ -156,6 +156,16 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
             f"training.micro_batch_size={training.micro_batch_size} x {replicas} data-parallel ranks: "
             f"use a multiple of {per_step}"
         )
+    if parallel.chunks_per_stage > 1:
+        for name in ("global_batch_size", "eval_sequences"):
+            micro_batches = getattr(training, name) // per_step
+            if micro_batches % parallel.pipeline_parallel:
+                raise ConfigError(
+                    f"training.{name}={getattr(training, name)} makes {micro_batches} micro-batches on each "
+                    f"data-parallel rank, and parallel.chunks_per_stage={parallel.chunks_per_stage} runs "
+                    f"them by {parallel.pipeline_parallel} (parallel.pipeline_parallel): use a multiple of "
+                    f"{per_step * parallel.pipeline_parallel}, or chunks_per_stage=1"
+                )
     return config.model_copy(update={"parallel": parallel.model_copy(update={"data_parallel": replicas})})
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, build_config, resolve_grid
-from skipmega.models.decoder import DecoderStage
+from skipmega.models.decoder import DecoderStage, StageChunk
 from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.logical import LogicalTensor, partition_dim
@@ -94,7 +94,7 @@ class NativeModel:
         group = self.config.routing.group_size or 1
         padded = torch.nn.functional.pad(tokens, (0, -length % group)).to(self.device)
         collected = run_micro_batches(
-            self.stage,
+            self.stage.chunks,
             iter([padded]),
             self._step,
             num_micro_batches=1,
@@ -109,14 +109,14 @@ class NativeModel:
             result = torch.empty(*padded.shape, self.vocab_size, device=self.device)
         return self.grid.broadcast_from_last_stage(result)[:, :length]
 
-    def _step(self, batches: Iterator[Tensor], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
+    def _step(self, batches: Iterator[Tensor], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
         tokens = next(batches)
         context = LayerContext(None, self.config.routing.eval_capacity_factor)
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device)
         inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
-        hidden = stage(tokens, context, inputs).hidden
-        return (stage.logits(hidden) if self.grid.is_last_stage else hidden), _output
+        hidden = chunk(tokens, context, inputs).hidden
+        return (self.stage.logits(hidden) if chunk.is_last else hidden), _output
 
 
 def with_eval_density(config: RunConfig, eval_density: float | None) -> RunConfig:
@@ -145,6 +145,7 @@ def _on_grid(config: RunConfig, grid: ParallelGrid, precision: str) -> RunConfig
             "data_parallel": grid.data.size,
             "sequence_parallel": False,
             "context_parallel": 1,
+            "chunks_per_stage": 1,
             "layers_per_stage": None,
         }
     )

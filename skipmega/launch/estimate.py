@@ -196,11 +196,15 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     )
 
 
+def _layers_of(config: RunConfig, stage: int) -> list[int]:
+    return [layer for chunk in cut_stages(config)[stage] for layer in chunk]
+
+
 def _stage_parameters(config: RunConfig, stage: int) -> float:
     """Weights on one tensor-parallel rank of a stage: matrices cut, norms and routers whole."""
     model, parallel = config.model, config.parallel
     tensor, last = parallel.tensor_parallel, parallel.pipeline_parallel - 1
-    layers = cut_stages(config)[stage]
+    layers = _layers_of(config, stage)
     routed = sum(layer in layers for layer in config.routed_layers)
     each = sum(matrix_parameters(config)) / tensor + 2 * model.hidden_size
     count = len(layers) * each
@@ -212,7 +216,7 @@ def _stage_parameters(config: RunConfig, stage: int) -> float:
 
 def _stage_activations(config: RunConfig, stage: int) -> float:
     """Bytes that a stage keeps of one micro-batch for backward."""
-    layers = cut_stages(config)[stage]
+    layers = _layers_of(config, stage)
     if config.training.recompute == "full":
         return len(layers) * _tokens(config) * config.model.hidden_size * _element_size(config)
     return sum(_layer_activations(config, layer, config.training.recompute) for layer in layers)
@@ -222,7 +226,7 @@ def _recomputed(config: RunConfig, stage: int) -> float:
     """Bytes of the layer that is run again in backward, of which there is one at a time."""
     if config.training.recompute == "none":
         return 0.0
-    layers = cut_stages(config)[stage]
+    layers = _layers_of(config, stage)
     return max(_layer_activations(config, layer, "none") for layer in layers)
 
 

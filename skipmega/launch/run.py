@@ -133,8 +133,8 @@ def _start_records(
     if engine.grid.pipeline.size > 1:
         costs = stage_costs(config)
         shares = ", ".join(
-            f"{len(layers)} layers {cost / sum(costs):.0%}"
-            for layers, cost in zip(cut_stages(config), costs, strict=True)
+            f"{'+'.join(str(len(chunk)) for chunk in chunks)} layers {cost / sum(costs):.0%}"
+            for chunks, cost in zip(cut_stages(config), costs, strict=True)
         )
         dearest = max(costs) * len(costs) / sum(costs)
         print(f"stages: {shares} of the operations, the dearest {dearest:.2f} times the mean")

@@ -1,4 +1,4 @@
-"""A pipeline stage of the decoder: its layers, and the embedding or head at the ends.
+"""A pipeline stage of the decoder: its chunks of layers, and the embedding or head at the ends.
 
 Parameter names are global (``layers.7.mlp.up.weight`` is layer 7 on any grid); shapes are those of this
 tensor-parallel rank.
@@ -47,6 +47,42 @@ class StageOutput:
         return self.stacked("chosen").mean(dim=(1, 2))
 
 
+class StageChunk(nn.Module):
+    """Consecutive layers of a stage, which a schedule runs at a time; ``number`` counts those of the stage.
+
+    Holds no weights, those are the stage's; a module because the interleaved schedule insists.
+    """
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, stage: "DecoderStage", number: int, layers: range) -> None:
+        super().__init__()
+        self._stage = (stage,)  # not as a submodule
+        self.config = stage.config
+        self.number = number
+        self.layers = layers
+        grid, chunks = stage.grid, stage.parallel.chunks_per_stage
+        self.is_first = grid.is_first_stage and number == 0
+        self.is_last = grid.is_last_stage and number == chunks - 1
+        self.received: Tensor | None = None
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """Global numbers of the chunk's routed layers."""
+        return [layer for layer in self._stage[0].routed_layers if layer in self.layers]
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Receive the previous chunk's hidden states; called by the schedule before each forward."""
+        self.received = input_tensor[0]
+
+    def forward(
+        self, tokens: Tensor, context: LayerContext, inputs: Mapping[int, RouterInputs]
+    ) -> StageOutput:
+        """Run the chunk; as :meth:`DecoderStage.forward`."""
+        output: StageOutput = self._stage[0](tokens, context, inputs, self)
+        return output
+
+
 class DecoderStage(nn.Module):
     """This process's part of the decoder.
 
@@ -55,12 +91,11 @@ class DecoderStage(nn.Module):
         grid: this process's place.
     """
 
-    model_type = ModelType.encoder_or_decoder
-
     def __init__(self, config: RunConfig, grid: ParallelGrid) -> None:
         super().__init__()
         model = config.model
         self.grid = grid
+        self.parallel = config.parallel
         self.shards = SequenceShards.of(grid)
         self.model = model
         self.recompute_layers = config.training.recompute == "full"
@@ -72,6 +107,7 @@ class DecoderStage(nn.Module):
             num_attention_heads=model.num_attention_heads,
             dtype=self.dtype,
             grid=grid,
+            chunks_per_stage=config.parallel.chunks_per_stage,
         )
         densities, eval_densities = config.densities, config.eval_densities or {}
         self.layers = nn.ModuleDict(
@@ -79,9 +115,14 @@ class DecoderStage(nn.Module):
                 str(number): DecoderLayer(
                     config, densities.get(number), eval_densities.get(number), self.shards
                 )
-                for number in cut_stages(config)[grid.pipeline.rank]
+                for layers in cut_stages(config)[grid.pipeline.rank]
+                for number in layers
             }
         )
+        self.chunks = [
+            StageChunk(self, number, layers)
+            for number, layers in enumerate(cut_stages(config)[grid.pipeline.rank])
+        ]
         if grid.is_first_stage or (grid.is_last_stage and self.tied):
             self.embedding = VocabularyEmbedding(
                 config.vocab_size, model.hidden_size, self.config, self.shards
@@ -93,7 +134,6 @@ class DecoderStage(nn.Module):
         if self.shares_embedding and not grid.is_first_stage:
             # DeepSpeed counts a parameter so marked once in the gradient norm
             self.embedding.weight.ds_pipe_replicated = True
-        self._received: Tensor | None = None
         self._compiled: dict[str, Callable[..., LayerResult]] = {}
         self._compiled_losses: Callable[..., Tensor] = self._losses
         initialize(self, config, grid.tensor)
@@ -131,25 +171,27 @@ class DecoderStage(nn.Module):
         self._compiled = {name: torch.compile(layer, dynamic=False) for name, layer in self.layers.items()}
         self._compiled_losses = torch.compile(self._losses, dynamic=False)
 
-    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Receive the previous stage's hidden states; called by the schedule before each forward."""
-        self._received = input_tensor[0]
-
     def forward(
-        self, tokens: Tensor, context: LayerContext, inputs: Mapping[int, RouterInputs]
+        self,
+        tokens: Tensor,
+        context: LayerContext,
+        inputs: Mapping[int, RouterInputs],
+        chunk: StageChunk | None = None,
     ) -> StageOutput:
-        """Run the stage.
+        """Run a chunk of the stage.
 
         Args:
-            tokens: [b, s] int64, whole sequences; read by the first stage only.
+            tokens: [b, s] int64, whole sequences; read by the first chunk only.
             context: what all layers share.
             inputs: of each routed layer's router, by global layer number.
+            chunk: which one; left out, the first.
         """
-        if self.grid.is_first_stage:
+        chunk = chunk or self.chunks[0]
+        if chunk.is_first:
             hidden = self.embedding(self.shards.take_context(tokens, dim=1)).to(self.dtype)
         else:
-            assert self._received is not None
-            hidden = self._received
+            assert chunk.received is not None
+            hidden = chunk.received
         model, length = self.model, tokens.shape[1]
         table = rotary_table(length, model.head_size, model.rope_theta, hidden.device)
         positions = None
@@ -157,15 +199,16 @@ class DecoderStage(nn.Module):
             positions = self.shards.context_positions(length, hidden.device).unsqueeze(1)
         context = replace(context, rotary=table, positions=positions)
         records = {}
-        for name, layer in self.layers.items():
-            hidden, record = self._run(name, layer, hidden, inputs.get(int(name)), context)
+        for number in chunk.layers:
+            hidden, record = self._run(str(number), hidden, inputs.get(number), context)
             if record is not None:
-                records[int(name)] = record
+                records[number] = record
         return StageOutput(hidden=hidden, records=records)
 
     def _run(
-        self, name: str, layer: nn.Module, hidden: Tensor, inputs: RouterInputs | None, context: LayerContext
+        self, name: str, hidden: Tensor, inputs: RouterInputs | None, context: LayerContext
     ) -> LayerResult:
+        layer = self.layers[name]
         if not self.training:
             result: LayerResult = layer(hidden, inputs, context)
             return result

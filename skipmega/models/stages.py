@@ -11,46 +11,49 @@ from skipmega.errors import ConfigError
 from skipmega.models.flops import computed_share, head_flops, layer_flops
 
 
-def cut_stages(config: RunConfig) -> list[range]:
-    """Global layer numbers of every stage: ``parallel.layers_per_stage``, or the cut whose dearest stage is
-    cheapest (of several such, the one with the earliest cuts).
+def cut_stages(config: RunConfig) -> list[list[range]]:
+    """Global layer numbers of every stage's chunks: by ``parallel.layers_per_stage``, or by the cut whose
+    dearest chunk is cheapest (of several such, the one with the earliest cuts).
 
     Raises:
-        ConfigError: ``layers_per_stage`` does not fit, there are fewer layers than stages, or a stage lacks a
+        ConfigError: ``layers_per_stage`` does not fit, there are fewer layers than chunks, or a stage lacks a
             routed layer that ``routing.router_learning_rate`` needs.
     """
-    given, stages, layers = (
-        config.parallel.layers_per_stage,
-        config.parallel.pipeline_parallel,
-        config.model.num_layers,
-    )
-    if given is not None and (len(given) != stages or sum(given) != layers):
+    parallel, layers = config.parallel, config.model.num_layers
+    given, stages = parallel.layers_per_stage, parallel.pipeline_parallel
+    chunks, fields = stages * parallel.chunks_per_stage, "parallel.pipeline_parallel"
+    if parallel.chunks_per_stage > 1:
+        fields += " x parallel.chunks_per_stage"
+    if given is not None and (len(given) != chunks or sum(given) != layers):
         raise ConfigError(
-            f"parallel.layers_per_stage={given} is not {stages} numbers (parallel.pipeline_parallel) that "
-            f"add up to {layers} (model.num_layers): mend it, or leave it out for a cut by cost"
+            f"parallel.layers_per_stage={given} is not {chunks} numbers ({fields}) that add up to {layers} "
+            "(model.num_layers): mend it, or leave it out for a cut by cost"
         )
-    if layers < stages:
+    if layers < chunks:
         raise ConfigError(
-            f"model.num_layers={layers} are fewer than parallel.pipeline_parallel={stages} stages: use at "
-            f"most {layers} stages"
+            f"model.num_layers={layers} are fewer than {fields}={chunks}: each needs a layer, so use at most "
+            f"{layers}"
         )
-    ends = _cheapest_ends(config) if given is None else [sum(given[: i + 1]) for i in range(stages)]
-    cut = [range(first, end) for first, end in pairwise([0, *ends])]
+    ends = _cheapest_ends(config, chunks) if given is None else [sum(given[: i + 1]) for i in range(chunks)]
+    in_order = [range(first, end) for first, end in pairwise([0, *ends])]
+    cut = [in_order[stage::stages] for stage in range(stages)]
     _check_routers(config, cut)
     return cut
 
 
 def stage_costs(config: RunConfig) -> list[float]:
     """Forward operations per token of every stage."""
-    cut = cut_stages(config)
-    costs = [sum(_layer_cost(config, layer) for layer in layers) for layers in cut]
+    costs = [
+        sum(_layer_cost(config, layer) for layers in chunks for layer in layers)
+        for chunks in cut_stages(config)
+    ]
     costs[-1] += head_flops(config)
     return costs
 
 
-def _cheapest_ends(config: RunConfig) -> list[int]:
-    """Where each stage ends, by dynamic programming over (stages left, first layer)."""
-    layers, stages = config.model.num_layers, config.parallel.pipeline_parallel
+def _cheapest_ends(config: RunConfig, stages: int) -> list[int]:
+    """Where each of ``stages`` cuts ends, by dynamic programming over (cuts left, first layer)."""
+    layers = config.model.num_layers
     costs = [_layer_cost(config, layer) for layer in range(layers)]
     costs[-1] += head_flops(config)
     before = [sum(costs[:layer]) for layer in range(layers + 1)]
@@ -71,12 +74,13 @@ def _layer_cost(config: RunConfig, layer: int) -> float:
     return layer_flops(config, computed_share(config, layer))
 
 
-def _check_routers(config: RunConfig, cut: list[range]) -> None:
+def _check_routers(config: RunConfig, cut: list[list[range]]) -> None:
     rate, routed = config.routing.router_learning_rate, set(config.routed_layers)
-    idle = [stage for stage, layers in enumerate(cut) if not routed.intersection(layers)]
+    idle = [stage for stage, chunks in enumerate(cut) if not any(routed.intersection(c) for c in chunks)]
     if rate != 1.0 and routed and idle:
+        layers = ", ".join(f"{chunk.start} to {chunk.stop - 1}" for chunk in cut[idle[0]])
         raise ConfigError(
             f"routing.router_learning_rate={rate} needs a routed layer on every pipeline stage, and stage "
-            f"{idle[0]} of {len(cut)} (layers {cut[idle[0]].start} to {cut[idle[0]].stop - 1}) has none: set "
-            "it to 1, route other layers, or give parallel.layers_per_stage"
+            f"{idle[0]} of {len(cut)} (layers {layers}) has none: set it to 1, route other layers, or give "
+            "parallel.layers_per_stage"
         )

@@ -112,6 +112,9 @@ def create_grid(process: ProcessInfo, parallel: ParallelConfig | None = None) ->
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel,
         pipeline_model_parallel_size=parallel.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=(
+            parallel.chunks_per_stage if parallel.chunks_per_stage > 1 else None
+        ),
         context_parallel_size=parallel.context_parallel,
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
         create_gloo_process_groups=False,

@@ -16,9 +16,20 @@ from skipmega.parallel.sequence import SequenceShards
 
 
 def megatron_config(
-    *, num_layers: int, hidden_size: int, num_attention_heads: int, dtype: torch.dtype, grid: ParallelGrid
+    *,
+    num_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    dtype: torch.dtype,
+    grid: ParallelGrid,
+    chunks_per_stage: int = 1,
 ) -> TransformerConfig:
-    """What megatron-core's layers and schedules need to know; initialisation of weights is ours."""
+    """What megatron-core's layers and schedules need to know; initialisation of weights is ours.
+
+    The interleaved schedule would silently swap messages between two stages if it sent in batches, and hangs
+    if its number of chunks is not that of the stages.
+    """
+    interleaved = chunks_per_stage > 1
     return TransformerConfig(
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -29,6 +40,9 @@ def megatron_config(
         sequence_parallel=grid.sequence_parallel,
         params_dtype=torch.float32,
         pipeline_dtype=dtype,
+        virtual_pipeline_model_parallel_size=chunks_per_stage if interleaved else None,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         use_cpu_initialization=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,

@@ -1,12 +1,13 @@
 """Drives one step's micro-batches through the stages with megatron-core's schedules.
 
-Knows no model: a stage is anything that satisfies :class:`PipelineStage`. megatron-core divides each
-micro-batch's loss by their number and multiplies it by that of context-parallel ranks; auxiliary losses that
-never reach the last stage are attached to the activations with :func:`attach_loss` and must be divided by
-whoever attaches them.
+Knows no model: a chunk of a stage is anything that satisfies :class:`PipelineChunk`. megatron-core divides
+each micro-batch's loss by their number and multiplies it by that of context-parallel ranks; auxiliary losses
+that never reach the last stage are attached to the activations with :func:`attach_loss` and must be divided
+by whoever attaches them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import tee
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,18 +21,18 @@ Batch = TypeVar("Batch")
 ForwardStep = Callable[[Iterator[Batch], Any], tuple[Tensor, Callable[..., Any]]]
 
 
-class PipelineStage(Protocol):
-    """What megatron-core's schedules ask of a stage."""
+class PipelineChunk(Protocol):
+    """What megatron-core's schedules ask of a stage, or of each chunk of an interleaved one."""
 
     config: TransformerConfig
     model_type: ModelType
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Receive the previous stage's activations, [sequence, micro_batch, hidden]."""
+        """Receive the previous chunk's activations, [sequence, micro_batch, hidden]."""
 
 
 def run_micro_batches(
-    stage: PipelineStage,
+    chunks: Sequence[PipelineChunk],
     batches: Iterator[Batch],
     forward_step: ForwardStep[Batch],
     *,
@@ -44,10 +45,10 @@ def run_micro_batches(
     """Run forward (and backward) of one step; gradients stay in ``param.grad``, unreduced over data ranks.
 
     Args:
-        stage: this process's part of the model (the module itself, never a DeepSpeed engine: driving the
+        chunks: this process's part of the model (the module itself, never a DeepSpeed engine: driving the
             engine scales gradients twice).
         batches: yields at least ``num_micro_batches`` micro-batches.
-        forward_step: maps (batches, stage) to the stage's output and a function of the last stage's output.
+        forward_step: maps (batches, chunk) to the chunk's output and a function of the last chunk's output.
             That function returns (loss, data) or, with ``collect_outputs``, is called with
             ``non_loss_data=True`` and returns data alone.
         backward: False runs the forward passes only.
@@ -57,10 +58,11 @@ def run_micro_batches(
         On the last stage the data of each micro-batch in order; an empty list on the others.
     """
     schedule = get_forward_backward_func()
+    interleaved = len(chunks) > 1
     collected: list[Any] = schedule(
         forward_step_func=forward_step,
-        data_iterator=batches,
-        model=stage,
+        data_iterator=list(tee(batches, len(chunks))) if interleaved else batches,
+        model=list(chunks) if interleaved else chunks[0],
         num_microbatches=num_micro_batches,
         seq_length=sequence_length,
         micro_batch_size=micro_batch_size,

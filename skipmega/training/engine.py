@@ -16,7 +16,7 @@ from torch import Tensor
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
 from skipmega.kernels.attention import AttentionBackend, document_starts
-from skipmega.models.decoder import DecoderStage
+from skipmega.models.decoder import DecoderStage, StageChunk
 from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.logical import partition_dim
@@ -51,8 +51,8 @@ class TrainingEngine:
             for parameter in self.stage.parameters():
                 parameter.grad_dtype = torch.float32
         create_moments(self.optimizer, self.stage, config, grid)
-        self.routing = RoutingState(config, self.stage.routed_layers, grid.device)
-        self._controller = DensityController(self.routing, grid.tokens.mean)
+        self.routing = [RoutingState(config, chunk.routed_layers, grid.device) for chunk in self.stage.chunks]
+        self._controllers = [DensityController(state, grid.tokens.mean) for state in self.routing]
         if config.training.compile:
             self.stage.compile_parts()
 
@@ -82,8 +82,13 @@ class TrainingEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
         self._deepspeed.step()
-        self._controller.end_step(step)
+        for controller in self._controllers:
+            controller.end_step(step)
         return torch.as_tensor(self._deepspeed.get_global_grad_norm())
+
+    def routing_tensors(self) -> dict[str, Tensor]:
+        """What routing remembers, the live tensors by logical name (``layers.3.threshold``)."""
+        return {name: tensor for state in self.routing for name, tensor in state.tensors().items()}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[TokenBatch], micro_batches: int, step: int) -> Averages:
@@ -99,7 +104,7 @@ class TrainingEngine:
         self, step: Callable[..., Any], batches: Iterator[TokenBatch], micro_batches: int, backward: bool
     ) -> None:
         run_micro_batches(
-            self.stage,
+            self.stage.chunks,
             batches,
             step,
             num_micro_batches=micro_batches,
@@ -112,53 +117,58 @@ class TrainingEngine:
         routing, seed = self.config.routing, self.config.training.seed
         warmed = warmed_up(self.config, step)
 
-        def forward(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(batches: Iterator[TokenBatch], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
+            controller, shards = self._controllers[chunk.number], self.stage.shards
             context = LayerContext(_since(batch), routing.capacity_factor, self.attention, warmed=warmed)
             key = NoiseKey(seed, batch.sample_ids)
-            inputs = self.routing.for_training(step, key, _positions(batch, stage))
-            output = stage(batch.tokens, context, inputs)
+            inputs = self.routing[chunk.number].for_training(step, key, self._positions(batch))
+            output = chunk(batch.tokens, context, inputs)
             hidden = output.hidden
             if output.records:
                 densities = output.densities()
-                loss = self._controller.penalty(densities, step) + output.stacked("auxiliary").sum()
-                hidden = attach_loss(hidden, loss, 1 / (micro_batches * stage.shards.summed))
-                self._controller.observe(densities, stage.shards.whole(output.stacked("score"), dim=1))
+                loss = controller.penalty(densities, step) + output.stacked("auxiliary").sum()
+                hidden = attach_loss(hidden, loss, 1 / (micro_batches * shards.summed))
+                controller.observe(densities, shards.whole(output.stacked("score"), dim=1))
             sums.add_routing(output.records)
-            return self._finish(stage, hidden, batch, sums)
+            return self._finish(chunk, hidden, batch, sums)
 
         return forward
 
     def _evaluation_step(self, step: int, sums: StepSums) -> Callable[..., Any]:
         factor = self.config.routing.eval_capacity_factor
 
-        def forward(batches: Iterator[TokenBatch], stage: DecoderStage) -> tuple[Tensor, Callable[..., Any]]:
+        def forward(batches: Iterator[TokenBatch], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.grid.device)
-            sequences = batch.tokens.shape[0]
-            inputs = self.routing.for_evaluation(step, sequences, _positions(batch, stage))
-            output = stage(batch.tokens, LayerContext(_since(batch), factor), inputs)
+            sequences, state = batch.tokens.shape[0], self.routing[chunk.number]
+            inputs = state.for_evaluation(step, sequences, self._positions(batch))
+            output = chunk(batch.tokens, LayerContext(_since(batch), factor), inputs)
             sums.add_routing(output.records)
-            return self._finish(stage, output.hidden, batch, sums)
+            return self._finish(chunk, output.hidden, batch, sums)
 
         return forward
 
     def _finish(
-        self, stage: DecoderStage, hidden: Tensor, batch: TokenBatch, sums: StepSums
+        self, chunk: StageChunk, hidden: Tensor, batch: TokenBatch, sums: StepSums
     ) -> tuple[Tensor, Callable[..., Any]]:
-        """The stage's output and, on the last stage, the micro-batch's loss.
+        """The chunk's output and, of the last chunk, the micro-batch's loss.
 
         The loss is the sum over unmasked tokens divided by all positions, a constant, so that every token
         of the global batch weighs the same on every grid. Gradients are averaged over context ranks as over
         data ranks; the schedule multiplies by the number of the former, which leaves the positions of all.
         """
-        if not self.grid.is_last_stage:
+        if not chunk.is_last:
             return hidden, _no_loss
-        labels = stage.shards.take_context(batch.labels, dim=1)
-        loss_mask = stage.shards.take_context(batch.loss_mask, dim=1)
-        masked = stage.losses(hidden, labels) * loss_mask.t()
+        labels = self.stage.shards.take_context(batch.labels, dim=1)
+        loss_mask = self.stage.shards.take_context(batch.loss_mask, dim=1)
+        masked = self.stage.losses(hidden, labels) * loss_mask.t()
         sums.loss += masked.detach().sum()
         sums.tokens += loss_mask.sum()
         return masked.sum() / batch.labels.numel(), _loss_and_nothing
+
+    def _positions(self, batch: TokenBatch) -> Tensor:
+        """[rows of this rank] int64."""
+        return self.stage.shards.positions(batch.tokens.shape[1], batch.tokens.device)
 
     def _sum_gradients_of_cut_tokens(self) -> None:
         """Parameters that every tensor rank has whole (norms, routers) saw only that rank's tokens, if tokens
@@ -203,11 +213,6 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
 
 def _since(batch: TokenBatch) -> Tensor | None:
     return None if batch.document_ids is None else document_starts(batch.document_ids)
-
-
-def _positions(batch: TokenBatch, stage: DecoderStage) -> Tensor:
-    """[rows of this rank] int64."""
-    return stage.shards.positions(batch.tokens.shape[1], batch.tokens.device)
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, None]:

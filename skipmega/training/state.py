@@ -34,7 +34,7 @@ def collect_state(engine: TrainingEngine) -> dict[str, LogicalTensor]:
             state[f"optimizer/{moment}/{name}"] = LogicalTensor(whole, dim)
     for key, tensor in _factored_moments(engine):
         state[key] = LogicalTensor(_to_cpu(tensor.local), tensor.dim)
-    for name, live in engine.routing.tensors().items():
+    for name, live in engine.routing_tensors().items():
         state[f"routing/{name}"] = LogicalTensor(_to_cpu(live), None)
     return state
 
@@ -62,7 +62,8 @@ def restore_state(engine: TrainingEngine, updates: int, read: ReadTensors) -> No
             )
     for key, tensor in _factored_moments(engine):
         tensor.local.copy_(state[key].local)
-    engine.routing.load({name: state[f"routing/{name}"].local for name in engine.routing.tensors()})
+    for name, live in engine.routing_tensors().items():
+        live.copy_(state[f"routing/{name}"].local)
 
 
 def _full_moments(engine: TrainingEngine, parameter: nn.Parameter) -> tuple[str, ...]:

@@ -20,15 +20,16 @@ class StepSums:
     """Sums over some micro-batches of this process's tokens, on its device.
 
     ``loss`` [] float32 sum of nats and ``tokens`` [] float32 their number (last stage; zero elsewhere). The
-    rest is [num_layers] float32, filled for this stage's routed layers: sums over ``micro_batches`` of the
-    share of tokens that were chosen (``density``), that ran (``executed``), the rows computed for them per
-    token (``computed``, padding included) and the decisions' ``entropy`` in nats; ``fullest`` is the largest
-    share of a group that ran. ``router_gradients`` are the last step's, not yet averaged over replicas,
-    [rows] by layer.
+    rest is [num_layers] float32, filled for this stage's routed layers: ``counted`` micro-batches, and sums
+    over them of the share of tokens chosen (``density``), that ran (``executed``), the rows computed
+    for them per token (``computed``, padding included) and the decisions' ``entropy`` in nats; ``fullest`` is
+    the largest share of a group that ran. ``router_gradients`` are the last step's, not yet averaged over
+    replicas, [rows] by layer.
     """
 
     loss: Tensor
     tokens: Tensor
+    counted: Tensor
     density: Tensor
     executed: Tensor
     computed: Tensor
@@ -36,7 +37,6 @@ class StepSums:
     fullest: Tensor
     group_size: int | None
     shards: SequenceShards
-    micro_batches: int = 0
     router_gradients: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -49,6 +49,7 @@ class StepSums:
         return cls(
             loss=torch.zeros((), device=grid.device),
             tokens=torch.zeros((), device=grid.device),
+            counted=of_layers(),
             density=of_layers(),
             executed=of_layers(),
             computed=of_layers(),
@@ -61,12 +62,12 @@ class StepSums:
     @torch.no_grad()
     def add_routing(self, records: Mapping[int, RoutingRecord]) -> None:
         """Count one micro-batch's records, by global layer number."""
-        self.micro_batches += 1
         if not records:
             return
         layers, each = list(records), list(records.values())
         executed = torch.stack([record.executed for record in each]).float()
         tokens = executed[0].numel()
+        self.counted[layers] += 1
         self.density[layers] += torch.stack([record.chosen for record in each]).mean(dim=(1, 2))
         self.executed[layers] += executed.mean(dim=(1, 2))
         self.computed[layers] += executed.new_tensor([record.slots / tokens for record in each])
@@ -105,7 +106,7 @@ class Averages:
 def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
     """Reduce over the grid; every process calls it together and gets the same."""
     layers = config.model.num_layers
-    means = torch.stack([getattr(sums, name) for name in _MEANS]) / max(sums.micro_batches, 1)
+    means = torch.stack([getattr(sums, name) for name in _MEANS]) / sums.counted.clamp(min=1)
     peaks = torch.stack([sums.fullest, means[_MEANS.index("executed")]])
     norms = means.new_zeros(layers)
     if sums.router_gradients:

@@ -45,11 +45,18 @@ VARIANTS = {
         "training": RANK_BY_RANK,
     },
     "dense-gradient": {"routing": {"gradient": "dense", "router": "sigmoid"}},
+    # twice as many micro-batches as stages: with fewer, all are in flight at once
+    "deep": {
+        "model": {"num_layers": 8},
+        "routing": {"density_control": "coefficient"},
+        "training": {"micro_batch_size": 1, "eval_sequences": 8},
+    },
     "many-heads": {"model": {"num_attention_heads": 4, "num_key_value_heads": 4}},
     "warmup": {"routing": {"router": "quantile", "density_warmup_steps": 2}, "training": RANK_BY_RANK},
 }  # fmt: skip
 LAST_STEPS = ("coefficient", "quantile", "adamw")  # no threshold moves
-# What they cut: TP, CP, PP, DP with sizes, SP (sequence parallelism), Zn (ZeRO stage); then the variant.
+# What they cut: TP, CP, PP, DP with sizes, SP (sequence parallelism), Vn (chunks a stage), Zn (ZeRO stage);
+# then the variant.
 GRIDS_OF_2 = """
 TP2 adamw, PP2 adamw, DP2 adamw, DP2-Z2 adamw, TP2-SP adamw, CP2 adamw, CP2-Z2 adamw,
 TP2 untied-swiglu-dropless, PP2 untied-swiglu-dropless, DP2 untied-swiglu-dropless,
@@ -63,6 +70,7 @@ TP2 mixture-of-depths, PP2 mixture-of-depths, DP2 mixture-of-depths,
 TP2 coefficient, PP2 coefficient, DP2 coefficient, CP2 coefficient,
 TP2 bias-mlp, PP2 bias-mlp, DP2 bias-mlp, TP2-SP bias-mlp, CP2 bias-mlp,
 TP2 random-attention, DP2 random-attention, TP2-SP random-attention, CP2 random-attention,
+PP2-V2 quantile, PP2-V2 deep, PP2-V4 deep,
 PP2 warmup, TP2-SP dense-gradient, CP2 dense-gradient
 """
 GRIDS_OF_4 = """
@@ -70,6 +78,7 @@ TP2-PP2 adamw, TP2-DP2 adamw, PP2-DP2 adamw, PP4 adamw, DP4 adamw, PP2-DP2-Z2 ad
 TP4-SP many-heads, TP2-SP-CP2 adamw, TP2-SP-PP2 adamw, CP2-PP2 adamw, CP2-DP2 adamw, CP4 adamw,
 TP2-PP2 untied-swiglu-dropless, TP2-SP-CP2 untied-swiglu-dropless, CP2-PP2 untied-swiglu-dropless,
 TP2-DP2 adafactor, TP2-SP-DP2 adafactor, CP2-DP2 adafactor, TP2-DP2 mixture-of-depths,
+PP4-V2 deep, PP2-V2-DP2 deep, TP2-SP-PP2-V2 deep, CP2-PP2-V2 deep,
 PP2-DP2 coefficient, PP4 bias-mlp, TP2-SP-CP2 bias-mlp, TP2-SP-CP2 quantile, TP2-SP-DP2 quantile
 """
 
@@ -82,10 +91,10 @@ def parallel_of(name):
     """The section that a name says."""
     found = {}
     for part in name.split("-"):
-        letters, number = part.rstrip("0123456789"), part.lstrip("TCDPSZ")
+        letters, number = part.rstrip("0123456789"), part.lstrip("TCDPSVZ")
         field = {
             "TP": "tensor_parallel", "CP": "context_parallel", "PP": "pipeline_parallel",
-            "DP": "data_parallel", "SP": "sequence_parallel", "Z": "zero_stage",
+            "DP": "data_parallel", "V": "chunks_per_stage", "SP": "sequence_parallel", "Z": "zero_stage",
         }[letters]  # fmt: skip
         found[field] = int(number) if number else True
     return found

@@ -196,7 +196,7 @@ def gather_logical(engine: TrainingEngine, grid: ParallelGrid, read: Any) -> dic
 
 def gather_state(engine: TrainingEngine, grid: ParallelGrid) -> dict[str, torch.Tensor]:
     """What routing remembers of every layer, on every rank."""
-    local = {name: tensor.clone().cpu() for name, tensor in engine.routing.tensors().items()}
+    local = {name: tensor.clone().cpu() for name, tensor in engine.routing_tensors().items()}
     return _of_all_stages(local, grid)
 
 

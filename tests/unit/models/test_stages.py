@@ -29,11 +29,11 @@ def make_config(layers: int, stages: int, vocabulary: int = 128, **sections: dic
 
 
 def lengths(config: RunConfig) -> list[int]:
-    return [len(layers) for layers in cut_stages(config)]
+    return [len(layers) for (layers,) in cut_stages(config)]
 
 
 def test_equal_layers_are_cut_evenly_where_the_head_is_small() -> None:
-    assert cut_stages(make_config(12, 3, vocabulary=16)) == [range(4), range(4, 8), range(8, 12)]
+    assert cut_stages(make_config(12, 3, vocabulary=16)) == [[range(4)], [range(4, 8)], [range(8, 12)]]
 
 
 def test_a_large_head_takes_layers_from_the_last_stage() -> None:
@@ -62,8 +62,8 @@ def test_no_cut_is_cheaper(layers: int, stages: int, vocabulary: int, dense: int
     routing = {"router": "gumbel", "density": density, "dense_first": dense, "dense_last": 0}
     config = make_config(layers, stages, vocabulary, routing=routing)
     cut = cut_stages(config)
-    assert [layer for stage in cut for layer in stage] == list(range(layers))
-    assert all(cut)
+    assert [layer for (chunk,) in cut for layer in chunk] == list(range(layers))
+    assert all(chunk for (chunk,) in cut)
     for ends in combinations(range(1, layers), stages - 1):
         each = [end - first for first, end in zip([0, *ends], [*ends, layers], strict=True)]
         other = make_config(layers, stages, vocabulary, routing=routing, parallel={"layers_per_stage": each})
@@ -80,12 +80,25 @@ def test_a_given_cut_is_taken() -> None:
     assert lengths(make_config(6, 3, parallel={"layers_per_stage": [1, 4, 1]})) == [1, 4, 1]
 
 
+def test_chunks_are_dealt_to_the_stages_in_turn() -> None:
+    even = make_config(12, 3, vocabulary=16, parallel={"chunks_per_stage": 2})
+    assert cut_stages(even) == [
+        [range(2), range(6, 8)],
+        [range(2, 4), range(8, 10)],
+        [range(4, 6), range(10, 12)],
+    ]
+    given = make_config(6, 2, parallel={"chunks_per_stage": 2, "layers_per_stage": [1, 2, 2, 1]})
+    assert cut_stages(given) == [[range(1), range(3, 5)], [range(1, 3), range(5, 6)]]
+    assert sum(stage_costs(even)) == pytest.approx(forward_flops_per_token(even, even.densities))
+
+
 @pytest.mark.parametrize(
     ("layers", "stages", "sections", "parts"),
     [
         (6, 3, {"parallel": {"layers_per_stage": [3, 3]}}, ["layers_per_stage=[3, 3]", "3 numbers", "6"]),
         (6, 2, {"parallel": {"layers_per_stage": [3, 4]}}, ["layers_per_stage=[3, 4]", "add up to 6"]),
-        (2, 3, {}, ["model.num_layers=2", "pipeline_parallel=3", "at most 2 stages"]),
+        (5, 3, {"parallel": {"chunks_per_stage": 2}}, ["pipeline_parallel x parallel.chunks_per_stage=6"]),
+        (2, 3, {}, ["model.num_layers=2", "pipeline_parallel=3", "at most 2"]),
         (
             4, 2,
             {"routing": {"router": "quantile", "router_learning_rate": 2.0, "dense_first": 3, "dense_last":

@@ -62,7 +62,7 @@ def forward_step(count: int) -> Callable[[Iterator[Tensor], Stage], tuple[Tensor
 
 def run(stage: Stage, count: int, **modes: bool) -> list[Any]:
     return run_micro_batches(
-        stage, iter(micro_batches(count)), forward_step(count), num_micro_batches=count, sequence_length=4,
+        [stage], iter(micro_batches(count)), forward_step(count), num_micro_batches=count, sequence_length=4,
         micro_batch_size=1, **modes,
     )  # fmt: skip
 

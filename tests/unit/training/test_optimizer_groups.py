@@ -94,8 +94,8 @@ def test_the_engine_multiplies_the_scheduled_rate_by_the_group_s() -> None:
             step=lambda: stepped.append([group["lr"] for group in optimizer.param_groups]),
             get_global_grad_norm=lambda: 2.5,
         ),
-        _controller=SimpleNamespace(end_step=stepped.append),
+        _controllers=[SimpleNamespace(end_step=stepped.append)] * 2,
     )
     norm = TrainingEngine.apply_gradients(engine, 7, 0.25)
-    assert stepped == [[0.25, 1.0], 7], "the rates before the update, the controllers after it"
+    assert stepped == [[0.25, 1.0], 7, 7], "the rates before the update, the controllers after it"
     assert float(norm) == 2.5

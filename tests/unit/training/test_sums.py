@@ -108,10 +108,15 @@ def test_nothing_seen_is_zero(grid: ParallelGrid) -> None:
     assert (seen.loss, seen.density, seen.fullest_rank) == (0.0, [0.0] * 4, [0.0] * 4)
 
 
-def test_a_stage_without_routers_counts_its_micro_batches(grid: ParallelGrid) -> None:
-    sums = StepSums.zeros(make_config(), grid)
-    sums.add_routing({})
-    assert sums.micro_batches == 1
+def test_chunks_of_a_stage_are_counted_by_layer(grid: ParallelGrid) -> None:
+    config = make_config()
+    at_once, by_chunk = StepSums.zeros(config, grid), StepSums.zeros(config, grid)
+    for records in (FIRST, SECOND):
+        at_once.add_routing(records)
+        by_chunk.add_routing({})  # one without a router
+        for layer, record in records.items():
+            by_chunk.add_routing({layer: record})
+    assert average(by_chunk, config, grid) == average(at_once, config, grid)
 
 
 def test_the_sums_carry_no_graph(grid: ParallelGrid) -> None:
