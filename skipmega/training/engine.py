@@ -28,6 +28,8 @@ from skipmega.routing.state import RoutingState, warmed_up
 from skipmega.training.optimizers import build_optimizer, create_moments
 from skipmega.training.sums import Averages, StepSums, average
 
+ForwardStep = Callable[[TokenBatch, StageChunk], tuple[Tensor, Callable[..., Any]]]
+
 
 class TrainingEngine:
     """A stage, its optimizer and DeepSpeed around them."""
@@ -72,7 +74,9 @@ class TrainingEngine:
         self.stage.train()
         micro_batches = self.config.micro_batches
         with self._deepspeed.coalesce_grad_reduction():
-            self._run(self._training_step(step, sums, micro_batches), batches, micro_batches, backward=True)
+            self._run(
+                self._training_step(step, sums, micro_batches), batches, micro_batches, sums, backward=True
+            )
             self._sum_gradients_of_cut_tokens()
             self._sum_tied_embedding_gradients()
             sums.keep_router_gradients(self.stage.router_weights())
@@ -96,29 +100,38 @@ class TrainingEngine:
         ``routing.eval_capacity_factor`` and ``routing.eval_density``."""
         sums = StepSums.zeros(self.config, self.grid)
         self.stage.eval()
-        self._run(self._evaluation_step(step, sums), batches, micro_batches, backward=False)
+        self._run(self._evaluation_step(step, sums), batches, micro_batches, sums, backward=False)
         self.stage.train()
         return average(sums, self.config, self.grid)
 
     def _run(
-        self, step: Callable[..., Any], batches: Iterator[TokenBatch], micro_batches: int, backward: bool
+        self,
+        step: ForwardStep,
+        batches: Iterator[TokenBatch],
+        micro_batches: int,
+        sums: StepSums,
+        backward: bool,
     ) -> None:
+        def forward(source: Iterator[TokenBatch], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(source).to(self.grid.device)
+            with sums.clock.measure():
+                return step(batch, chunk)
+
         run_micro_batches(
             self.stage.chunks,
             batches,
-            step,
+            forward,
             num_micro_batches=micro_batches,
             sequence_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,
             backward=backward,
         )
 
-    def _training_step(self, step: int, sums: StepSums, micro_batches: int) -> Callable[..., Any]:
+    def _training_step(self, step: int, sums: StepSums, micro_batches: int) -> ForwardStep:
         routing, seed = self.config.routing, self.config.training.seed
         warmed = warmed_up(self.config, step)
 
-        def forward(batches: Iterator[TokenBatch], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(batches).to(self.grid.device)
+        def forward(batch: TokenBatch, chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
             controller, shards = self._controllers[chunk.number], self.stage.shards
             context = LayerContext(_since(batch), routing.capacity_factor, self.attention, warmed=warmed)
             key = NoiseKey(seed, batch.sample_ids)
@@ -135,11 +148,10 @@ class TrainingEngine:
 
         return forward
 
-    def _evaluation_step(self, step: int, sums: StepSums) -> Callable[..., Any]:
+    def _evaluation_step(self, step: int, sums: StepSums) -> ForwardStep:
         factor = self.config.routing.eval_capacity_factor
 
-        def forward(batches: Iterator[TokenBatch], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(batches).to(self.grid.device)
+        def forward(batch: TokenBatch, chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
             sequences, state = batch.tokens.shape[0], self.routing[chunk.number]
             inputs = state.for_evaluation(step, sequences, self._positions(batch))
             output = chunk(batch.tokens, LayerContext(_since(batch), factor), inputs)

@@ -121,6 +121,7 @@ class TrainingLoop:
                 "eta_seconds": speed["seconds_per_step"] * (self.end - self.progress.step),
                 "memory_gib": peak_memory_gib(self.engine.grid.device),
                 **routing,
+                **({"stage_seconds": seen.stage_seconds} if len(seen.stage_seconds) > 1 else {}),
                 "router_gradient": [seen.router_gradient[layer] for layer in self.config.routed_layers],
             }
         )

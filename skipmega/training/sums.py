@@ -11,6 +11,7 @@ from skipmega.config import RunConfig
 from skipmega.models.layer import RoutingRecord
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.sequence import SequenceShards
+from skipmega.training.clock import ForwardClock
 
 _MEANS = ("density", "executed", "computed", "entropy")
 
@@ -24,7 +25,7 @@ class StepSums:
     over them of the share of tokens chosen (``density``), that ran (``executed``), the rows computed
     for them per token (``computed``, padding included) and the decisions' ``entropy`` in nats; ``fullest`` is
     the largest share of a group that ran. ``router_gradients`` are the last step's, not yet averaged over
-    replicas, [rows] by layer.
+    replicas, [rows] by layer. ``clock`` measures the forward passes.
     """
 
     loss: Tensor
@@ -37,6 +38,7 @@ class StepSums:
     fullest: Tensor
     group_size: int | None
     shards: SequenceShards
+    clock: ForwardClock
     router_gradients: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -57,6 +59,7 @@ class StepSums:
             fullest=of_layers(),
             group_size=config.routing.group_size,
             shards=SequenceShards.of(grid),
+            clock=ForwardClock(grid.device),
         )
 
     @torch.no_grad()
@@ -91,6 +94,7 @@ class Averages:
 
     ``router_gradient`` is the norm of the last step's gradient (before clipping); ``fullest_group`` the
     largest share of a group that ran, ``fullest_rank`` the largest mean share of a rank.
+    ``stage_seconds`` is the time of each pipeline stage's forward pass of a micro-batch.
     """
 
     loss: float
@@ -101,6 +105,7 @@ class Averages:
     router_gradient: list[float]
     fullest_group: list[float]
     fullest_rank: list[float]
+    stage_seconds: list[float]
 
 
 def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
@@ -114,10 +119,13 @@ def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
         norms[list(sums.router_gradients)] = gradients.norm(dim=1)
     losses = torch.stack([sums.loss, sums.tokens])
     dist.all_reduce(losses, group=grid.replicas.group)
-    total = torch.cat([losses, grid.tokens.mean(means).flatten(), norms])
+    seconds = means.new_zeros(grid.pipeline.size)
+    seconds[grid.pipeline.rank] = sums.clock.mean() * config.parallel.chunks_per_stage
+    total = torch.cat([losses, grid.tokens.mean(means).flatten(), norms, grid.replicas.mean(seconds)])
     dist.all_reduce(total, group=grid.pipeline.group)
     for axis in (grid.tokens, grid.pipeline):
         dist.all_reduce(peaks, group=axis.group, op=dist.ReduceOp.MAX)
-    loss, tokens, *rest = torch.cat([total, peaks.flatten()]).tolist()
-    by_layer = [rest[i : i + layers] for i in range(0, len(rest), layers)]
-    return Averages(loss / max(tokens, 1.0), *by_layer)
+    loss, tokens, *rest = torch.cat([total[: -len(seconds)], peaks.flatten()]).tolist()
+    lists = [rest[i : i + layers] for i in range(0, len(rest), layers)]
+    lists.append(total[-len(seconds) :].tolist())
+    return Averages(loss / max(tokens, 1.0), *lists)

@@ -5,6 +5,7 @@ from itertools import groupby
 import pytest
 import torch
 
+from support.parity import check_equal, check_gradients, names_of, parallel_of
 from support.steps import plain_step, tiny_config, tiny_grid, train_tiny
 from support.worlds import run_world
 
@@ -83,23 +84,6 @@ PP2-DP2 coefficient, PP4 bias-mlp, TP2-SP-CP2 bias-mlp, TP2-SP-CP2 quantile, TP2
 """
 
 
-def names_of(grids):
-    return [" ".join(name.split()) for name in grids.split(",")]
-
-
-def parallel_of(name):
-    """The section that a name says."""
-    found = {}
-    for part in name.split("-"):
-        letters, number = part.rstrip("0123456789"), part.lstrip("TCDPSVZ")
-        field = {
-            "TP": "tensor_parallel", "CP": "context_parallel", "PP": "pipeline_parallel",
-            "DP": "data_parallel", "V": "chunks_per_stage", "SP": "sequence_parallel", "Z": "zero_stage",
-        }[letters]  # fmt: skip
-        found[field] = int(number) if number else True
-    return found
-
-
 def train_all(grids):
     results = {}
     for cut, names in groupby(sorted(names_of(grids)), key=lambda name: name.split()[0]):
@@ -152,46 +136,6 @@ def two_processes():
 @pytest.fixture(scope="module")
 def four_processes():
     return run_world(train_all, 4, GRIDS_OF_4, limit=240)
-
-
-def check_gradients(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = (found[name] - gradient).norm() / gradient.norm()
-        assert error < tolerance, f"gradient of {name} is off by {error:.1e}"
-
-
-def check_tensors(found, expected):
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def check_seen(found, expected, same_rows):
-    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-    numbers = ["density", "executed", "entropy", "fullest_group", "router_gradient"]
-    for name in numbers + ["computed"] * same_rows:
-        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-6), name
-
-
-def check_equal(found, expected):
-    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
-    same_micro_batches = found["same_micro_batches"]
-    for pair in zip(
-        found["seen"] + [found["held_out"]], expected["seen"] + [expected["held_out"]], strict=True
-    ):
-        check_seen(*pair, found["same_rows"])
-    check_gradients(found["gradients"], expected["gradients"], 1e-4)
-    check_tensors(found["weights"], expected["weights"])
-    assert found["state"].keys() == expected["state"].keys()
-    comparable = {
-        name: tensor
-        for name, tensor in expected["state"].items()
-        if same_micro_batches or not name.endswith("quantiles")
-    }
-    check_tensors(found["state"], comparable)
 
 
 @pytest.mark.parametrize("name", names_of(GRIDS_OF_2))

@@ -119,6 +119,16 @@ def test_chunks_of_a_stage_are_counted_by_layer(grid: ParallelGrid) -> None:
     assert average(by_chunk, config, grid) == average(at_once, config, grid)
 
 
+def test_a_pass_is_measured_and_belongs_to_its_stage(grid: ParallelGrid, monkeypatch: Any) -> None:
+    config = make_config()
+    sums, times = StepSums.zeros(config, grid), iter([10.0, 10.5, 20.0, 21.5])
+    monkeypatch.setattr("skipmega.training.clock.time.perf_counter", lambda: next(times))
+    for _ in range(2):
+        with sums.clock.measure():
+            pass
+    assert average(sums, config, grid).stage_seconds == [1.0]
+
+
 def test_the_sums_carry_no_graph(grid: ParallelGrid) -> None:
     chosen = torch.full((4, 2), 0.5, requires_grad=True)
     sums = StepSums.zeros(make_config(), grid)

@@ -38,7 +38,7 @@ def saw(**lists: list[float]) -> Averages:
     names = (
         "density", "executed", "computed", "entropy", "router_gradient", "fullest_group", "fullest_rank",
     )  # fmt: skip
-    return Averages(loss=2.0, **{name: lists.get(name, [0.0] * 4) for name in names})
+    return Averages(loss=2.0, stage_seconds=[0.0], **{name: lists.get(name, [0.0] * 4) for name in names})
 
 
 SEEN = saw(

@@ -1,0 +1,104 @@
+"""Ranks that execute everything beside ranks that execute nothing: no hang, and the result of one process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from support.parity import check_equal, names_of, parallel_of
+from support.steps import tiny_grid, train_tiny
+from support.worlds import run_world
+
+STEPS = 2
+PATTERNS = {  # who executes, by sample [b] and position [s, 1]
+    "nobody": lambda sample, position: (sample < 0) & (position < 0),
+    "everybody": lambda sample, position: (sample >= 0) & (position >= 0),
+    "one-token": lambda sample, position: (sample == 3) & (position == 21),
+    "first-half": lambda sample, position: (sample >= 0) & (position < 32),
+    "middle": lambda sample, position: (sample >= 0) & (position >= 16) & (position < 48),
+    "two-of-four": lambda sample, position: (sample % 4 < 2) & (position >= 0),
+}
+GRIDS_OF_2 = """
+TP2-SP first-half, TP2-SP one-token, TP2-SP nobody, TP2-SP everybody,
+CP2 middle, CP2 one-token, CP2 nobody, CP2 everybody,
+DP2 two-of-four, DP2 one-token, DP2 nobody, DP2-Z2 two-of-four, PP2 one-token, PP2 nobody
+"""
+GRIDS_OF_4 = (
+    "TP2-SP-CP2 one-token, TP2-SP-CP2 middle, TP2-SP-DP2 two-of-four, CP2-PP2 middle, CP2-DP2 one-token"
+)
+ROUTING = {"router": "gumbel", "capacity_factor": None, "group_size": None}
+
+
+@contextmanager
+def decided(pattern: str) -> Iterator[None]:
+    """Noise that outweighs every score, and yet leaves the routers a gradient."""
+
+    def noise(key, layers, positions):
+        execute = PATTERNS[pattern](key.samples, positions.unsqueeze(1))
+        return torch.where(execute, 8.0, -8.0).expand(len(layers), -1, -1)
+
+    with patch("skipmega.routing.state.logistic", noise):
+        yield
+
+
+def train_all(grids):
+    results = {}
+    for cut, names in groupby(sorted(names_of(grids)), key=lambda name: name.split()[0]):
+        parallel = parallel_of(cut)
+        with tiny_grid(parallel) as grid:
+            for name in names:
+                with decided(name.split()[1]):
+                    results[name] = train_tiny(grid, parallel, STEPS, {"routing": ROUTING})
+    return results
+
+
+def train_alone():
+    results = {}
+    with tiny_grid({}) as grid:
+        for pattern in PATTERNS:
+            with decided(pattern):
+                results[pattern] = train_tiny(grid, {}, STEPS, {"routing": ROUTING})
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    (results,) = run_world(train_alone, 1)
+    return results
+
+
+@pytest.fixture(scope="module")
+def two_processes():
+    return run_world(train_all, 2, GRIDS_OF_2)
+
+
+@pytest.fixture(scope="module")
+def four_processes():
+    return run_world(train_all, 4, GRIDS_OF_4)
+
+
+@pytest.mark.parametrize("name", names_of(GRIDS_OF_2))
+def test_two_processes_equal_one(name, one_process, two_processes):
+    for results in two_processes:
+        check_equal(results[name], one_process[name.split()[1]])
+
+
+@pytest.mark.parametrize("name", names_of(GRIDS_OF_4))
+def test_four_processes_equal_one(name, one_process, four_processes):
+    for results in four_processes:
+        check_equal(results[name], one_process[name.split()[1]])
+
+
+def test_the_patterns_are_what_they_say(one_process):
+    shares = {pattern: one_process[pattern]["seen"][0].executed[1] for pattern in PATTERNS}
+    one = 1 / (8 * 64)
+    assert shares == {
+        "nobody": 0, "everybody": 1, "one-token": one, "first-half": 0.5, "middle": 0.5, "two-of-four": 0.5,
+    }  # fmt: skip
+    for pattern, result in one_process.items():
+        gradients = result["gradients"]
+        assert gradients["layers.1.router.weight"].norm() > 0, "the density penalty is felt"
+        assert (gradients["layers.1.mlp.up.weight"].norm() > 0) == (pattern != "nobody")
