@@ -7,13 +7,17 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-grids lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python pretrain/quickstart.py
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest
+
+# all grids up to 8 processes, where `make test` takes a selection
+test-grids: $(VENV)/installed
+	$(BIN)/python -m pytest -m "" tests/distributed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

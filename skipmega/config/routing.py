@@ -85,6 +85,8 @@ class RoutingConfig(Section):
     **Capacity.** Groups of ``group_size`` tokens (left out: the whole sequence) have
     ``ceil(capacity_factor * density * group_size)`` slots, at least ``min_capacity``; null is dropless.
     ``eval_capacity_factor`` is evaluation's, of ``eval_density``. top-k fills exactly its share in training.
+    Dropless, ranks execute unequal numbers of tokens; with ``dispatch: balanced`` the feed-forward networks
+    of all ranks that hold different tokens run the same number, which are moved and brought home.
     """
 
     router: RouterName = "quantile"
@@ -115,6 +117,7 @@ class RoutingConfig(Section):
     z_loss_weight: float = Field(0.0, ge=0)
     group_size: int | None = Field(None, ge=1)
     capacity_factor: float | None = Field(1.25, gt=0)
+    dispatch: Literal["local", "balanced"] = "local"
     eval_capacity_factor: float | None = Field(None, gt=0)
     min_capacity: int = Field(1, ge=1)
 
@@ -185,6 +188,18 @@ class RoutingConfig(Section):
             raise ValueError(
                 f"router=highway weights updates by its score, update_weight={self.update_weight} is another "
                 "method: leave it out"
+            )
+        if self.dispatch == "balanced" and self.capacity_factor is not None:
+            raise ValueError(
+                f"dispatch=balanced has nothing to balance at capacity_factor={self.capacity_factor}, which "
+                "gives every rank the same number of slots: set capacity_factor=null, or leave dispatch out"
+            )
+        if self.dispatch == "balanced" and (
+            self.wrap == "attention" or self.computes_all or router in _WITHOUT_DENSITY
+        ):
+            raise ValueError(
+                "dispatch=balanced moves tokens of packed feed-forward networks: use wrap=layer or wrap=mlp, "
+                f"gradient=packed and a router that skips (router={router})"
             )
         if self.keys_values == "executed" and self.wrap == "mlp":
             raise ValueError(

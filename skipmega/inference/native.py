@@ -157,6 +157,6 @@ def _on_grid(config: RunConfig, grid: ParallelGrid, precision: str) -> RunConfig
             "eval_sequences": grid.data.size,
         }
     )
-    return resolve_grid(
-        config.model_copy(update={"parallel": parallel, "training": training}), grid.world_size
-    )
+    routing = config.routing.model_copy(update={"dispatch": "local"})  # replicas are independent
+    changed = {"parallel": parallel, "training": training, "routing": routing}
+    return resolve_grid(config.model_copy(update=changed), grid.world_size)

@@ -21,6 +21,7 @@ from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
 from skipmega.models.rotary import RotaryTable
 from skipmega.parallel.sequence import SequenceShards
+from skipmega.routing.dispatch import gather_counts, plan_balance, run_balanced
 from skipmega.routing.plan import PackingPlan, group_capacity, make_plan, slots_before
 from skipmega.routing.router import Decision, Router, RouterInputs
 
@@ -53,6 +54,7 @@ class RoutingRecord(NamedTuple):
     auxiliary: Tensor  # [] float32, the router's own losses, weighted
     entropy: Tensor  # [] float32, mean entropy of the decisions in nats; no gradient
     slots: int  # rows that were computed, padding included
+    moved: int  # rows that another rank computed
 
 
 LayerResult = tuple[Tensor, RoutingRecord | None]
@@ -125,10 +127,11 @@ class DecoderLayer(nn.Module):
         tokens = hidden if self.routing.router_input == "raw" else normed
         decision = self.router(tokens, inputs, density, self.shards)
         plans = self._plan(decision.execute, density, context)
+        moved = 0
         if self.routing.computes_all:
             out = self._mask(hidden, normed, decision, plans.mine, context)
         else:
-            out = self._pack(hidden, normed, decision, plans, context)
+            out, moved = self._pack(hidden, normed, decision, plans, context)
         if self.routing.wrap == "attention":
             out = out + self._feed_forward(out)
         rows = decision.execute.numel() if self.routing.computes_all else plans.mine.rows.numel()
@@ -139,6 +142,7 @@ class DecoderLayer(nn.Module):
             auxiliary=decision.auxiliary,
             entropy=decision.entropy(),
             slots=rows,
+            moved=moved,
         )
         return out, record
 
@@ -163,8 +167,8 @@ class DecoderLayer(nn.Module):
 
     def _pack(
         self, hidden: Tensor, normed: Tensor, decision: Decision, plans: Plans, context: LayerContext
-    ) -> Tensor:
-        """Run the executed tokens alone, in packed form."""
+    ) -> tuple[Tensor, int]:
+        """Run the executed tokens alone, in packed form; also the number of rows that another rank ran."""
         plan = plans.mine
 
         def pack(full: Tensor) -> Tensor:
@@ -172,18 +176,37 @@ class DecoderLayer(nn.Module):
             return packed.view(-1, full.shape[1], full.shape[-1])
 
         if self.routing.wrap == "mlp":
-            update = self._part("mlp", self.mlp, pack(normed))
+            update, moved = self._dispatched(
+                lambda rows: self._part("mlp", self.mlp, rows), pack(normed), plan
+            )
         else:
             if self.routing.keys_values == "all":
                 attended = self._attend(normed, context, plans.gathered)
             else:
                 attended = self._attend_among(pack(normed), plan, context)
-            whole = self.routing.wrap == "layer"
-            update = attended + self._feed_forward(pack(hidden) + attended) if whole else attended
+            update, moved = attended, 0
+            if self.routing.wrap == "layer":
+                middle = pack(hidden) + attended
+                fed, moved = self._dispatched(self._feed_forward, middle, plan)
+                update = attended + fed
         probability = pack(decision.probability.unsqueeze(-1))
         weight = self._weight(probability, torch.ones_like(probability))
         update = update * weight.to(update.dtype)
-        return add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots).view_as(hidden)
+        out = add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots)
+        return out.view_as(hidden), moved
+
+    def _dispatched(
+        self, part: Callable[[Tensor], Tensor], packed: Tensor, plan: PackingPlan
+    ) -> tuple[Tensor, int]:
+        """Run a ``part`` that works row by row, here or wherever there is room; also the rows sent away."""
+        if self.routing.dispatch == "local":
+            return part(packed), 0
+        rows, real = packed.flatten(0, 1), plan.filled.nonzero().squeeze(1)
+        axis = self.shards.tokens
+        balance = plan_balance(gather_counts(len(real), axis, rows.device))
+        results = run_balanced(rows.index_select(0, real), part, axis, balance, pad=self.shards.over_tensor)
+        full = torch.zeros_like(rows).index_copy(0, real, results.to(rows.dtype))
+        return full.view_as(packed), sum(balance.sent(axis.rank))
 
     def _attend(self, normed: Tensor, context: LayerContext, asking: PackingPlan | None = None) -> Tensor:
         """Keys and values of all tokens; those ``asking`` are packed in the result."""

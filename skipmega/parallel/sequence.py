@@ -19,20 +19,22 @@ from skipmega.parallel.grid import Axis, ParallelGrid
 
 @dataclass(frozen=True)
 class SequenceShards:
-    """The cut as one process sees it; lengths are free, multiples of :attr:`multiple`.
+    """The cut as one process sees it, of any length that it cuts equally.
 
-    ``both`` are all ranks that share a sequence: ``context``, and ``tensor`` if ``over_tensor``.
+    ``both`` are all ranks that share a sequence: ``context``, and ``tensor`` if ``over_tensor``; ``tokens``
+    are all that hold different tokens, data-parallel ones included.
     """
 
     tensor: Axis
     context: Axis
     both: Axis
+    tokens: Axis
     over_tensor: bool
 
     @classmethod
     def of(cls, grid: ParallelGrid) -> "SequenceShards":
         """The cut that a grid makes."""
-        return cls(grid.tensor, grid.context, grid.shards, grid.sequence_parallel)
+        return cls(grid.tensor, grid.context, grid.shards, grid.tokens, grid.sequence_parallel)
 
     @property
     def are_one(self) -> bool:

@@ -30,6 +30,12 @@ class PackingPlan:
         """[s, b] bool: tokens that have a slot."""
         return self.slots.view(-1, self.positions.shape[1]) >= 0
 
+    @property
+    def filled(self) -> Tensor:
+        """[n*b] bool: flat slots that hold a token and are no padding."""
+        owner = self.slots.index_select(0, self.rows)
+        return owner == torch.arange(len(self.rows), device=self.rows.device)
+
     def part(self, index: int, parts: int) -> "PackingPlan":
         """The plan of one of ``parts`` equal parts of the sequence, each of whole groups, by itself."""
         batch = self.positions.shape[1]

@@ -43,7 +43,8 @@ def routing_numbers(config: RunConfig, seen: Averages) -> dict[str, list[float] 
 
     ``density``: share of tokens chosen; ``dropped``: share of those over capacity; ``padded``: share of the
     computed rows that were padding (or masked); ``entropy`` of the decisions in nats; ``group_imbalance`` and
-    ``rank_imbalance``: tokens of the fullest group, and of the fullest data rank, over the mean.
+    ``rank_imbalance``: tokens of the fullest group, and of the fullest rank, over the mean; with balanced
+    dispatch ``moved``: share of those that ran which another rank computed.
     """
     layers = config.routed_layers
 
@@ -54,7 +55,9 @@ def routing_numbers(config: RunConfig, seen: Averages) -> dict[str, list[float] 
         return [part / whole if whole > 0 else 0.0 for part, whole in zip(parts, wholes, strict=True)]
 
     ran = of(seen.executed)
+    moved = {"moved": over(of(seen.moved), ran)} if config.routing.dispatch == "balanced" else {}
     return {
+        **moved,
         "routed_layers": layers,
         "density": of(seen.density),
         "dropped": [

@@ -13,7 +13,7 @@ from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.sequence import SequenceShards
 from skipmega.training.clock import ForwardClock
 
-_MEANS = ("density", "executed", "computed", "entropy")
+_MEANS = ("density", "executed", "computed", "moved", "entropy")
 
 
 @dataclass
@@ -22,10 +22,11 @@ class StepSums:
 
     ``loss`` [] float32 sum of nats and ``tokens`` [] float32 their number (last stage; zero elsewhere). The
     rest is [num_layers] float32, filled for this stage's routed layers: ``counted`` micro-batches, and sums
-    over them of the share of tokens chosen (``density``), that ran (``executed``), the rows computed
-    for them per token (``computed``, padding included) and the decisions' ``entropy`` in nats; ``fullest`` is
-    the largest share of a group that ran. ``router_gradients`` are the last step's, not yet averaged over
-    replicas, [rows] by layer. ``clock`` measures the forward passes.
+    over them of the share of tokens chosen (``density``), that ran (``executed``), the rows computed for them
+    per token (``computed``, padding included), the tokens that another rank computed (``moved``) and the
+    decisions' ``entropy`` in nats; ``fullest`` is the largest share of a group that ran. ``router_gradients``
+    are the last step's, not yet averaged over replicas, [rows] by layer. ``clock`` measures the forward
+    passes.
     """
 
     loss: Tensor
@@ -34,6 +35,7 @@ class StepSums:
     density: Tensor
     executed: Tensor
     computed: Tensor
+    moved: Tensor
     entropy: Tensor
     fullest: Tensor
     group_size: int | None
@@ -55,6 +57,7 @@ class StepSums:
             density=of_layers(),
             executed=of_layers(),
             computed=of_layers(),
+            moved=of_layers(),
             entropy=of_layers(),
             fullest=of_layers(),
             group_size=config.routing.group_size,
@@ -74,6 +77,7 @@ class StepSums:
         self.density[layers] += torch.stack([record.chosen for record in each]).mean(dim=(1, 2))
         self.executed[layers] += executed.mean(dim=(1, 2))
         self.computed[layers] += executed.new_tensor([record.slots / tokens for record in each])
+        self.moved[layers] += executed.new_tensor([record.moved / tokens for record in each])
         self.entropy[layers] += torch.stack([record.entropy for record in each])
         grouped = self.shards.whole(executed, dim=1) if self.group_size is None else executed
         of_groups = grouped.unflatten(1, (-1, self.group_size or grouped.shape[1])).mean(dim=2)
@@ -101,6 +105,7 @@ class Averages:
     density: list[float]
     executed: list[float]
     computed: list[float]
+    moved: list[float]
     entropy: list[float]
     router_gradient: list[float]
     fullest_group: list[float]

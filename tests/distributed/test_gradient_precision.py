@@ -19,8 +19,10 @@ from support.worlds import run_world
 PRECISIONS = ("fp32", "bf16")
 
 
-def first_step(gradient_precision: str, micro_batches: int, same: bool, zero_stage: int = 1):
-    """Norm and gradients of a bf16 step over ``micro_batches`` per rank, all the ``same`` or each its own."""
+def first_step(
+    gradient_precision: str, micro_batches: int, same: bool, zero_stage: int = 1, precision: str = "bf16"
+):
+    """Norm and gradients of a step over ``micro_batches`` per rank, all the ``same`` or each its own."""
     process = discover_process()
     size = 2 * micro_batches * process.world_size
     config = tiny_config(
@@ -30,7 +32,7 @@ def first_step(gradient_precision: str, micro_batches: int, same: bool, zero_sta
             "optimizer": {"gradient_clip": 0.0},
             "parallel": {"zero_stage": zero_stage},
             "training": {
-                "precision": "bf16", "gradient_precision": gradient_precision, "micro_batch_size": 2,
+                "precision": precision, "gradient_precision": gradient_precision, "micro_batch_size": 2,
                 "global_batch_size": size, "eval_sequences": size,
             },
         }
@@ -53,6 +55,7 @@ def on_one_process():
         "one": first_step("fp32", 1, same=True),
         **{name: first_step(name, 64, same=True) for name in PRECISIONS},
         "zero2": first_step("fp32", 64, same=True, zero_stage=2),
+        "of an fp32 run": first_step("fp32", 64, same=False, precision="fp32"),
         **{f"{name} apart": first_step(name, 64, same=False) for name in PRECISIONS},
     }
 
@@ -77,6 +80,10 @@ def worst_error(found, expected):
 def test_sixty_four_times_the_same_is_the_same(name, alone):
     assert alone[name][0] == pytest.approx(alone["one"][0], rel=1e-5)
     assert worst_error(alone[name], alone["one"]) < 1e-5
+
+
+def test_the_norm_is_that_of_an_fp32_run(alone):
+    assert alone["fp32 apart"][0] == pytest.approx(alone["of an fp32 run"][0], rel=1e-3)
 
 
 def test_in_bf16_much_is_lost(alone):

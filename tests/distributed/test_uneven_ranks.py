@@ -21,14 +21,20 @@ PATTERNS = {  # who executes, by sample [b] and position [s, 1]
     "middle": lambda sample, position: (sample >= 0) & (position >= 16) & (position < 48),
     "two-of-four": lambda sample, position: (sample % 4 < 2) & (position >= 0),
 }
+# a pattern, and what else is set: balanced dispatch, skipping of the feed-forward network only, recomputation
 GRIDS_OF_2 = """
 TP2-SP first-half, TP2-SP one-token, TP2-SP nobody, TP2-SP everybody,
 CP2 middle, CP2 one-token, CP2 nobody, CP2 everybody,
-DP2 two-of-four, DP2 one-token, DP2 nobody, DP2-Z2 two-of-four, PP2 one-token, PP2 nobody
+DP2 two-of-four, DP2 one-token, DP2 nobody, DP2-Z2 two-of-four, PP2 one-token, PP2 nobody,
+TP2-SP first-half+balanced, TP2-SP one-token+balanced, TP2-SP nobody+balanced, TP2-SP everybody+balanced,
+CP2 middle+balanced, CP2 one-token+balanced, DP2 two-of-four+balanced, DP2 one-token+balanced,
+DP2 nobody+balanced, DP2 two-of-four+mlp+balanced, CP2 middle+balanced+full, TP2 one-token+balanced
 """
-GRIDS_OF_4 = (
-    "TP2-SP-CP2 one-token, TP2-SP-CP2 middle, TP2-SP-DP2 two-of-four, CP2-PP2 middle, CP2-DP2 one-token"
-)
+GRIDS_OF_4 = """
+TP2-SP-CP2 one-token, TP2-SP-CP2 middle, TP2-SP-DP2 two-of-four, CP2-PP2 middle, CP2-DP2 one-token,
+TP2-SP-CP2 one-token+balanced, TP2-SP-CP2 middle+balanced, TP2-SP-DP2 two-of-four+mlp+balanced,
+CP2-DP2 middle+balanced, PP2-DP2 two-of-four+balanced
+"""
 ROUTING = {"router": "gumbel", "capacity_factor": None, "group_size": None}
 
 
@@ -44,24 +50,32 @@ def decided(pattern: str) -> Iterator[None]:
         yield
 
 
+def train(grid, parallel, variant):
+    pattern, *more = variant.split("+")
+    routing = ROUTING | {"dispatch": "balanced" if "balanced" in more else "local"}
+    routing |= {"wrap": "mlp" if "mlp" in more else "layer"}
+    overrides = {"routing": routing, "training": {"recompute": "full" if "full" in more else "none"}}
+    with decided(pattern):
+        return train_tiny(grid, parallel, STEPS, overrides)
+
+
+def reference_of(name):
+    return name.split()[1].replace("+balanced", "").replace("+full", "")
+
+
 def train_all(grids):
     results = {}
     for cut, names in groupby(sorted(names_of(grids)), key=lambda name: name.split()[0]):
         parallel = parallel_of(cut)
         with tiny_grid(parallel) as grid:
             for name in names:
-                with decided(name.split()[1]):
-                    results[name] = train_tiny(grid, parallel, STEPS, {"routing": ROUTING})
+                results[name] = train(grid, parallel, name.split()[1])
     return results
 
 
 def train_alone():
-    results = {}
     with tiny_grid({}) as grid:
-        for pattern in PATTERNS:
-            with decided(pattern):
-                results[pattern] = train_tiny(grid, {}, STEPS, {"routing": ROUTING})
-    return results
+        return {variant: train(grid, {}, variant) for variant in [*PATTERNS, "two-of-four+mlp"]}
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +97,13 @@ def four_processes():
 @pytest.mark.parametrize("name", names_of(GRIDS_OF_2))
 def test_two_processes_equal_one(name, one_process, two_processes):
     for results in two_processes:
-        check_equal(results[name], one_process[name.split()[1]])
+        check_equal(results[name], one_process[reference_of(name)])
 
 
 @pytest.mark.parametrize("name", names_of(GRIDS_OF_4))
 def test_four_processes_equal_one(name, one_process, four_processes):
     for results in four_processes:
-        check_equal(results[name], one_process[name.split()[1]])
+        check_equal(results[name], one_process[reference_of(name)])
 
 
 def test_the_patterns_are_what_they_say(one_process):
@@ -98,7 +112,21 @@ def test_the_patterns_are_what_they_say(one_process):
     assert shares == {
         "nobody": 0, "everybody": 1, "one-token": one, "first-half": 0.5, "middle": 0.5, "two-of-four": 0.5,
     }  # fmt: skip
-    for pattern, result in one_process.items():
-        gradients = result["gradients"]
+    for pattern in PATTERNS:
+        gradients = one_process[pattern]["gradients"]
         assert gradients["layers.1.router.weight"].norm() > 0, "the density penalty is felt"
         assert (gradients["layers.1.mlp.up.weight"].norm() > 0) == (pattern != "nobody")
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("DP2 two-of-four+balanced", 0.25),  # half of what one of two ranks executes
+        ("TP2-SP first-half+balanced", 0.25),
+        ("CP2 one-token+balanced", 0),
+        ("TP2-SP everybody+balanced", 0),
+        ("DP2 two-of-four", 0),
+    ],
+)
+def test_no_more_tokens_move_than_must(name, moved, two_processes):
+    assert two_processes[0][name]["seen"][0].moved[1:3] == pytest.approx([moved, moved])

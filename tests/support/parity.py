@@ -5,7 +5,7 @@ import torch
 
 
 def names_of(grids):
-    """Names in a list: what is cut (TP, CP, PP, DP with sizes, SP; Vn are chunks a stage, Zn is ZeRO's stage),
+    """Names in a list: what is cut (TP, CP, PP, DP with sizes, SP; Vn: chunks a stage, Zn: ZeRO's stage),
     then the variant."""
     return [" ".join(name.split()) for name in grids.split(",")]
 
@@ -46,9 +46,9 @@ def check_seen(found, expected, same_rows):
 
 
 def check_equal(found, expected):
+    """Losses, norms, gradients, weights, what was seen and what is remembered, in fp32."""
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
-    same_micro_batches = found["same_micro_batches"]
     for pair in zip(
         found["seen"] + [found["held_out"]], expected["seen"] + [expected["held_out"]], strict=True
     ):
@@ -59,6 +59,16 @@ def check_equal(found, expected):
     comparable = {
         name: tensor
         for name, tensor in expected["state"].items()
-        if same_micro_batches or not name.endswith("quantiles")
+        if found["same_micro_batches"] or not name.endswith("quantiles")
     }
     check_tensors(found["state"], comparable)
+
+
+def check_near(found, expected):
+    """The same in bf16, whose roundings (2^-9) differ between grids; those of partial sums over tensor ranks
+    show most."""
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(found["norms"], expected["norms"], rtol=3e-3, atol=0)
+    check_gradients(found["gradients"], expected["gradients"], 4e-2)
+    for mine, theirs in zip(found["seen"], expected["seen"], strict=True):
+        assert mine.executed == pytest.approx(theirs.executed, abs=1e-6)

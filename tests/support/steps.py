@@ -45,7 +45,7 @@ def tiny_config(overrides: dict[str, dict[str, Any]] | None = None) -> RunConfig
         "training": {
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": SAMPLES_PER_MICRO_STEP,
-            "eval_sequences": 4,
+            "eval_sequences": GLOBAL_BATCH,
         },
         # Adam divides a gradient of nearly zero by nearly zero: a larger epsilon tames the rounding
         "optimizer": {"gradient_clip": 0.5, "epsilon": 1e-5},

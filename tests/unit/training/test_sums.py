@@ -49,6 +49,7 @@ def record(chosen: list[str], executed: list[str] | None = None, slots: int = 0,
         auxiliary=torch.zeros(()),
         entropy=torch.tensor(entropy),
         slots=slots,
+        moved=0,
     )
 
 

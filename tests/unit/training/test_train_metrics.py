@@ -36,7 +36,8 @@ def make_config(peak: float | None = None, **routing: Any) -> RunConfig:
 def saw(**lists: list[float]) -> Averages:
     """By layer; what is not given is zero, as for layers without a router."""
     names = (
-        "density", "executed", "computed", "entropy", "router_gradient", "fullest_group", "fullest_rank",
+        "density", "executed", "computed", "moved", "entropy", "router_gradient", "fullest_group",
+        "fullest_rank",
     )  # fmt: skip
     return Averages(loss=2.0, stage_seconds=[0.0], **{name: lists.get(name, [0.0] * 4) for name in names})
 
