@@ -62,6 +62,25 @@ from skipmega.errors import ConfigError
         ),
         ("routing.group_size=2048", ["routing.group_size=2048", "data.sequence_length=1024"]),
         ("training.stop_after=1001", ["training.stop_after=1001", "training.steps=1000", "lower it"]),
+        (
+            "parallel.sequence_parallel=true",
+            [
+                "parallel: sequence_parallel=true",
+                "tensor_parallel=1",
+                "raise tensor_parallel, or leave sequence_parallel out",
+            ],
+        ),
+        (
+            "parallel.chunks_per_stage=2",
+            [
+                "parallel: chunks_per_stage=2",
+                "pipeline_parallel=1",
+                "raise pipeline_parallel, or leave chunks_per_stage out",
+            ],
+        ),
+        ("parallel.chunks_per_stage=0", ["parallel.chunks_per_stage=0", "greater than or equal to 1"]),
+        ("parallel.context_parallel=0", ["parallel.context_parallel=0", "greater than or equal to 1"]),
+        ("parallel.sequence_parallel=1", ["parallel.sequence_parallel=1", "valid boolean"]),
     ],
 )
 def test_a_refusal_names_field_value_and_what_is_allowed(override: str, parts: list[str]) -> None:
@@ -136,7 +155,7 @@ def runnable(**sections: dict[str, Any]) -> RunConfig:
         "training": {"micro_batch_size": 2, "global_batch_size": 8, "eval_sequences": 4},
     }
     for section, fields in sections.items():
-        values[section] = values[section] | fields
+        values[section] = values.get(section, {}) | fields
     return build_config(values, source="test")
 
 
@@ -192,6 +211,173 @@ def test_what_does_not_fit_the_grid_is_refused(
         resolve_grid(config, world_size)
     for part in parts:
         assert part in str(refused.value)
+
+
+CONTEXT = {"tensor_parallel": 1, "context_parallel": 2, "pipeline_parallel": 1}
+SEQUENCE = {"tensor_parallel": 2, "sequence_parallel": True, "pipeline_parallel": 1}
+DROPLESS = {"capacity_factor": None}
+
+
+def on_cut_sequences(
+    parallel: dict[str, Any], routing: dict[str, Any] | None = None, length: int = 64
+) -> RunConfig:
+    """The configuration on two processes (or four, or six) that share each sequence."""
+    config = runnable(
+        model={"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 384},
+        parallel=parallel,
+        routing=routing or {},
+        data={"sequence_length": length},
+    )
+    return resolve_grid(config, config.parallel.processes_per_replica)
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "parts"),
+    [
+        (
+            {"parallel": {"context_parallel": 2}},
+            18,
+            ["18 processes", "parallel.tensor_parallel=2 x parallel.context_parallel=2 x "
+             "parallel.pipeline_parallel=3", "a multiple of 12"],
+        ),
+        (
+            {"parallel": CONTEXT},
+            3,
+            ["3 processes", "parallel.tensor_parallel=1 x parallel.context_parallel=2:", "a multiple of 2"],
+        ),
+        (
+            {"parallel": {**CONTEXT, "data_parallel": 4}},
+            4,
+            ["parallel.data_parallel=4 x", "parallel.context_parallel=2 is 8 processes", "4 were started",
+             "leave parallel.data_parallel out"],
+        ),
+        (
+            {"parallel": CONTEXT, "training": {"global_batch_size": 6}},
+            4,
+            ["training.global_batch_size=6", "training.micro_batch_size=2 x 2 data", "a multiple of 4"],
+        ),
+    ],
+)  # fmt: skip
+def test_context_ranks_are_no_replicas(
+    sections: dict[str, dict[str, Any]], world_size: int, parts: list[str]
+) -> None:
+    config = runnable(routing=DROPLESS, **sections)
+    with pytest.raises(ConfigError) as refused:
+        resolve_grid(config, world_size)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_context_ranks_share_their_batch() -> None:
+    config = resolve_grid(runnable(routing=DROPLESS, parallel=CONTEXT), 4)
+    assert (config.parallel.data_parallel, config.micro_batches) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "parts", "cutters"),
+    [
+        (CONTEXT, 4, ["parallel.context_parallel=2"]),
+        ({**CONTEXT, "tensor_parallel": 2}, 4, ["parallel.context_parallel=2"]),
+        ({**CONTEXT, "context_parallel": 3}, 6, ["parallel.context_parallel=3"]),
+        (SEQUENCE, 2, ["parallel.sequence_parallel=true with tensor_parallel=2"]),
+        (
+            {**SEQUENCE, "context_parallel": 2},
+            4,
+            ["parallel.context_parallel=2", "parallel.sequence_parallel=true with tensor_parallel=2"],
+        ),
+        (
+            {**SEQUENCE, "context_parallel": 2, "tensor_parallel": 3},
+            12,
+            ["parallel.context_parallel=2", "parallel.sequence_parallel=true with tensor_parallel=3"],
+        ),
+    ],
+)
+def test_a_sequence_is_cut_into_equal_parts(parallel: dict[str, Any], parts: int, cutters: list[str]) -> None:
+    for length in (parts * 5, parts * 6):
+        on_cut_sequences(parallel, DROPLESS, length)
+    for length in (parts * 5 + 1, parts * 5 + parts // 2):
+        with pytest.raises(ConfigError) as refused:
+            on_cut_sequences(parallel, DROPLESS, length)
+        for part in (f"data.sequence_length={length}", f"divisible by {parts},", "use a multiple", *cutters):
+            assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "part"),
+    [
+        (CONTEXT, 16),
+        (SEQUENCE, 32),
+        ({**SEQUENCE, "context_parallel": 2}, 16),
+        ({**SEQUENCE, "context_parallel": 2, "tensor_parallel": 3}, 16),
+    ],
+)
+@pytest.mark.parametrize(
+    "routing", [{}, {"router": "topk"}, {"router": "topk", "capacity_factor": None}, {"gradient": "dense"}]
+)
+def test_no_cut_goes_through_tokens_that_share_slots(
+    parallel: dict[str, Any], part: int, routing: dict[str, Any]
+) -> None:
+    length = 192 if parallel["tensor_parallel"] == 3 else 64
+    for group in (part, part // 2, 1):
+        on_cut_sequences(parallel, {**routing, "group_size": group}, length)
+    for group, named in ((None, "routing.group_size is left out"), (2 * part, f"group_size={2 * part},")):
+        with pytest.raises(ConfigError) as refused:
+            on_cut_sequences(parallel, {**routing, "group_size": group}, length)
+        told = str(refused.value)
+        assert named in told
+        assert f"parts of {part}: set routing.group_size to a divisor of {part}" in told
+        may_be_dropless = "router" not in routing
+        assert ("or routing.capacity_factor=null" in told) == may_be_dropless, "top-k ranks within groups"
+
+
+@pytest.mark.parametrize("parallel", [CONTEXT, SEQUENCE, {**SEQUENCE, "context_parallel": 2}])
+@pytest.mark.parametrize(
+    "routing",
+    [
+        DROPLESS,
+        {**DROPLESS, "router": "gumbel"},
+        {"router": "always"},
+        {"router": "always", "keys_values": "executed"},
+        {"router": "highway"},
+        {**DROPLESS, "gradient": "dense"},
+    ],
+)
+def test_tokens_that_share_no_slots_need_no_groups(parallel: dict[str, Any], routing: dict[str, Any]) -> None:
+    assert on_cut_sequences(parallel, routing).parallel.data_parallel == 1
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cutter"),
+    [(CONTEXT, "parallel.context_parallel=2"), (SEQUENCE, "parallel.sequence_parallel=true")],
+)
+@pytest.mark.parametrize("routing", [{}, DROPLESS, {"router": "topk"}])
+def test_executed_keys_need_whole_sequences(
+    parallel: dict[str, Any], cutter: str, routing: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        on_cut_sequences(parallel, {**routing, "keys_values": "executed"})
+    for part in ("routing.keys_values=executed", cutter, "use keys_values=all, or another grid"):
+        assert part in str(refused.value)
+    tensor_alone = {"tensor_parallel": 2, "pipeline_parallel": 1}
+    on_cut_sequences(tensor_alone, {**routing, "keys_values": "executed"})
+
+
+@pytest.mark.parametrize("field", ["global_batch_size", "eval_sequences"])
+def test_interleaved_micro_batches_come_by_the_number_of_stages(field: str) -> None:
+    """Two sequences a micro-batch, two replicas, three stages: 12, 24, ..."""
+    chunks, enough = {"chunks_per_stage": 2}, {"global_batch_size": 24, "eval_sequences": 12}
+    assert resolve_grid(runnable(parallel=chunks, training=enough), 12).micro_batches == 6
+    short = enough | {field: 16}
+    with pytest.raises(ConfigError) as refused:
+        resolve_grid(runnable(parallel=chunks, training=short), 12)
+    for part in (
+        f"training.{field}=16 makes 4 micro-batches",
+        "parallel.chunks_per_stage=2",
+        "by 3 (parallel.pipeline_parallel)",
+        "use a multiple of 12, or chunks_per_stage=1",
+    ):
+        assert part in str(refused.value)
+    resolve_grid(runnable(training=short), 12)
 
 
 @pytest.mark.parametrize(
