@@ -6,24 +6,23 @@ All of it follows from the configuration: no process group, no data and no weigh
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
+from skipmega.config import ParallelConfig, RunConfig, resolve_grid, resolve_vocabulary
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import ConfigError
 from skipmega.models.flops import (
-    LayerParts,
     active_parameters,
     computed_share,
     count_parameters,
     embedding_parameters,
+    layer_parameters,
     matrix_parameters,
     part_shares,
     target_shares,
     training_flops_per_token,
 )
 from skipmega.models.stages import cut_stages
-from skipmega.routing.router import Router
 
 GIB = 2**30
 _MASTER = 4  # bytes of a weight's fp32 copy, and of each of its moments
@@ -37,8 +36,9 @@ class ProcessMemory:
     """Bytes on one process of pipeline stage ``stage`` (0-based), the stage that needs most.
 
     ``weights`` in the run's precision, ``gradients`` in theirs (ZeRO 2 saves none of the latter: a whole
-    step's pile up before they are reduced). ``optimizer``: fp32 weights and moments, its share over the
-    data-parallel ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up
+    step's pile up before they are reduced). ZeRO 3 leaves its share of both over data and context ranks,
+    and the largest layer or table of embeddings, gathered. ``optimizer``: fp32 weights and moments, its share
+    over the same ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up
     to half as much again, and masks), and ``logits`` with their gradients. ``update``: what reducing
     gradients, updating weights or evaluating need, when the activations are gone. What libraries and
     communication allocate is left out.
@@ -115,7 +115,7 @@ def estimate(
             "greater than 0 and at most 1, and a positive number"
         )
     config = resolve_grid(with_vocabulary(config), processes)
-    parallel, training = config.parallel, config.training
+    training = config.training
     shares = target_shares(config)
     executed = training_flops_per_token(config, shares)
     tokens = training.steps * training.global_batch_size * config.data.sequence_length
@@ -130,8 +130,7 @@ def estimate(
         effective_depth=sum(config.densities.get(layer, 1.0) for layer in range(config.model.num_layers)),
         executed_flops=executed,
         dense_flops=training_flops_per_token(config),
-        grid=f"TP{parallel.tensor_parallel} PP{parallel.pipeline_parallel} DP{parallel.data_parallel} "
-        f"ZeRO-{parallel.zero_stage}",
+        grid=_grid(config.parallel),
         processes=processes,
         memory=process_memory(config),
         tokens=tokens,
@@ -170,16 +169,17 @@ def process_memory(config: RunConfig) -> ProcessMemory:
 
 
 def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
-    parallel, replicas = config.parallel, config.parallel.data_parallel or 1
-    weights = _stage_parameters(config, stage)
-    size = _element_size(config)
-    adamw = config.optimizer.name == "adamw"
-    in_flight = min(parallel.pipeline_parallel - stage, config.micro_batches)
+    parallel = config.parallel
+    # ranks with the same weights: ZeRO cuts the optimizer's states among them, ZeRO 3 everything
+    replicas = (parallel.data_parallel or 1) * parallel.context_parallel
+    size, adamw = _element_size(config), config.optimizer.name == "adamw"
     is_last = stage == parallel.pipeline_parallel - 1
     summed = size if config.training.gradient_precision == "bf16" else _MASTER
-    activations = _stage_activations(config, stage)
+    weights = _stage_parameters(config, stage)
+    held = weights / replicas if parallel.zero_stage == 3 else weights
+    gathered = _largest_part(config, stage) if parallel.zero_stage == 3 else 0.0
     # of Adafactor's moments nothing is left but rows and columns; its step holds directions beside gradients
-    logits = _tokens(config) * config.vocab_size / parallel.tensor_parallel if is_last else 0.0
+    logits = _rows(config).entered * config.vocab_size / parallel.tensor_parallel if is_last else 0.0
     update = max(
         _BUCKET * summed,
         weights * (1 if adamw else 2) * _MASTER / replicas,
@@ -187,10 +187,10 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     )
     return ProcessMemory(
         stage=stage,
-        weights=weights * size,
-        gradients=weights * summed,
+        weights=(held + gathered) * size,
+        gradients=held * summed,
         optimizer=weights * (3 if adamw else 1) * _MASTER / replicas,
-        activations=in_flight * activations + _recomputed(config, stage),
+        activations=_in_flight(config, stage) + _recomputed(config, stage),
         logits=logits * _logit_bytes(config),
         update=update,
     )
@@ -202,23 +202,56 @@ def _layers_of(config: RunConfig, stage: int) -> list[int]:
 
 def _stage_parameters(config: RunConfig, stage: int) -> float:
     """Weights on one tensor-parallel rank of a stage: matrices cut, norms and routers whole."""
-    model, parallel = config.model, config.parallel
-    tensor, last = parallel.tensor_parallel, parallel.pipeline_parallel - 1
-    layers = _layers_of(config, stage)
-    routed = sum(layer in layers for layer in config.routed_layers)
-    each = sum(matrix_parameters(config)) / tensor + 2 * model.hidden_size
-    count = len(layers) * each
-    count += routed * Router.parameter_count(config.routing, model.hidden_size)
-    table = config.vocab_size * model.hidden_size / tensor
+    model, last = config.model, config.parallel.pipeline_parallel - 1
+    layers = sum(_layer_parameters(config, layer) for layer in _layers_of(config, stage))
     tables = 1 if last == 0 and model.tie_embeddings else (stage == 0) + (stage == last)
-    return count + tables * table + (model.hidden_size if stage == last else 0)
+    return layers + tables * _table_parameters(config) + (model.hidden_size if stage == last else 0)
 
 
-def _stage_activations(config: RunConfig, stage: int) -> float:
-    """Bytes that a stage keeps of one micro-batch for backward."""
-    layers = _layers_of(config, stage)
+def _layer_parameters(config: RunConfig, layer: int) -> float:
+    cut = sum(matrix_parameters(config))
+    return layer_parameters(config, layer) - cut + cut / config.parallel.tensor_parallel
+
+
+def _table_parameters(config: RunConfig) -> float:
+    return config.vocab_size * config.model.hidden_size / config.parallel.tensor_parallel
+
+
+def _largest_part(config: RunConfig, stage: int) -> float:
+    """Weights of the largest of what ZeRO 3 gathers at a time."""
+    layers = [_layer_parameters(config, layer) for layer in _layers_of(config, stage)]
+    has_table = stage in (0, config.parallel.pipeline_parallel - 1)
+    return max([*layers, _table_parameters(config) if has_table else 0.0])
+
+
+def _in_flight(config: RunConfig, stage: int) -> float:
+    """Bytes that a stage keeps for backward when it keeps most.
+
+    As megatron-core orders a stage's passes (``get_pp_rank_microbatches`` and ``get_schedule_table`` in its
+    ``pipeline_parallel/schedules.py``): with one chunk ``stages - stage - 1`` forward passes to warm up, with
+    several ``2 (stages - stage - 1) + (chunks - 1) stages``, each of one chunk; then one forward and one
+    backward in turn. Chunks take turns after as many micro-batches as there are stages, in backward from the
+    last chunk on.
+    """
+    stages, micro_batches = config.parallel.pipeline_parallel, config.micro_batches
+    kept = [_kept_layers(config, chunk) for chunk in cut_stages(config)[stage]]
+    turns = [min(stages, micro_batches - first) for first in range(0, micro_batches, stages)]
+    forward = [size for turn in turns for size in kept for _ in range(turn)]
+    backward = [size for turn in turns for size in reversed(kept) for _ in range(turn)]
+    ahead = stages - stage - 1
+    if len(kept) > 1:
+        ahead = 2 * ahead + (len(kept) - 1) * stages
+    now = most = sum(forward[: ahead + 1])
+    for more, less in zip(forward[ahead + 1 :], backward, strict=False):
+        now += more - less
+        most = max(most, now)
+    return most
+
+
+def _kept_layers(config: RunConfig, layers: Sequence[int]) -> float:
+    """Bytes that layers keep of one micro-batch for backward."""
     if config.training.recompute == "full":
-        return len(layers) * _tokens(config) * config.model.hidden_size * _element_size(config)
+        return len(layers) * _rows(config).own * config.model.hidden_size * _element_size(config)
     return sum(_layer_activations(config, layer, config.training.recompute) for layer in layers)
 
 
@@ -231,31 +264,37 @@ def _recomputed(config: RunConfig, stage: int) -> float:
 
 
 def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
-    """Bytes that one layer keeps of one micro-batch for backward, on one tensor-parallel rank.
+    """Bytes that one layer keeps of one micro-batch for backward, on one process.
 
-    What torch's min-cut partitioner keeps: the layer's input, the inputs of all matrix products (the
-    router's in fp32), queries, keys, values, attention's output and the feed-forward network before and
-    after its activation. Masks are not made, small things are left out. Of what ``recompute`` names, only the
-    input is kept.
+    What torch's min-cut partitioner keeps: the inputs of the layer and of all matrix products (the router's
+    in fp32), queries, keys, values, the result of attention before and after its projection, the feed-forward
+    network before and after its activation, and what a router weights. Products that follow a gathering have
+    gathered inputs. Masks are not made, small things are left out. Of what ``recompute`` names, only the
+    input is kept, as it is before it is gathered.
     """
     model, routing, tensor = config.model, config.routing, config.parallel.tensor_parallel
-    hidden, ffn = model.hidden_size, model.ffn_size / tensor
+    hidden, routed, rows = model.hidden_size, config.layer_is_routed(layer), _rows(config)
     heads = model.num_attention_heads * model.head_size / tensor
-    kv_heads = model.kv_heads * model.head_size / tensor
-    routed = config.layer_is_routed(layer)
+    inner = (3 if model.activation == "swiglu" else 2) * model.ffn_size / tensor
+    shares = part_shares(config, computed_share(config, layer))
     packs_queries = routed and not routing.computes_all and routing.keys_values == "all"
     packs_queries = packs_queries and routing.wrap != "mlp"
-    inner = 3 if model.activation == "swiglu" else 2
-    widths = LayerParts(
-        keys_values=hidden + (recompute != "attention") * 2 * kv_heads,
-        queries=(recompute != "attention") * 3 * heads + packs_queries * hidden,
-        mlp=(1 + routed) * hidden + (recompute != "mlp") * inner * ffn,
-    )
-    rows = part_shares(config, computed_share(config, layer))
-    kept = hidden + sum(width * share for width, share in zip(widths, rows, strict=True))
+    own, entered, gathered = (1 + shares.queries) * hidden, 0.0, 0.0
+    if routed and routing.wrap != "attention":
+        own += shares.mlp * hidden
+    if recompute == "attention":
+        own += shares.keys_values * hidden
+    else:
+        entered += shares.keys_values * hidden + shares.queries * (2 * heads + packs_queries * hidden)
+        gathered += shares.keys_values * 2 * model.kv_heads * model.head_size / tensor
+    if recompute != "mlp":
+        entered += shares.mlp * (hidden + inner)
+    elif routed and routing.wrap == "mlp":
+        own += shares.mlp * hidden
     size = _element_size(config)
     for_router = 4 * hidden if routed and routing.scores_tokens and size < 4 else 0
-    return _tokens(config) * (kept * size + for_router)
+    kept = own * rows.own + entered * rows.entered + gathered * rows.sequence
+    return kept * size + for_router * rows.own
 
 
 def _logit_bytes(config: RunConfig) -> int:
@@ -265,13 +304,32 @@ def _logit_bytes(config: RunConfig) -> int:
     return _EAGER_LOGIT
 
 
-def _tokens(config: RunConfig) -> int:
-    """Tokens of a micro-batch."""
-    return config.training.micro_batch_size * config.data.sequence_length
+class _Rows(NamedTuple):
+    """Tokens of a micro-batch on one process: between matrix products (``own``), at those that are cut over
+    the tensor axis (``entered``), and of whole sequences, whose keys and values it attends."""
+
+    own: float
+    entered: float
+    sequence: int
+
+
+def _rows(config: RunConfig) -> _Rows:
+    parallel, tokens = config.parallel, config.training.micro_batch_size * config.data.sequence_length
+    return _Rows(tokens / parallel.sequence_shards, tokens / parallel.context_parallel, tokens)
 
 
 def _element_size(config: RunConfig) -> int:
     return 2 if config.training.precision == "bf16" else 4
+
+
+def _grid(parallel: ParallelConfig) -> str:
+    sequence = " SP" if parallel.sequence_parallel else ""
+    context = f" CP{parallel.context_parallel}" if parallel.context_parallel > 1 else ""
+    chunks = f" ({parallel.chunks_per_stage} chunks)" if parallel.chunks_per_stage > 1 else ""
+    return (
+        f"TP{parallel.tensor_parallel}{sequence}{context} PP{parallel.pipeline_parallel}{chunks} "
+        f"DP{parallel.data_parallel} ZeRO-{parallel.zero_stage}"
+    )
 
 
 def describe(result: Estimate) -> str:

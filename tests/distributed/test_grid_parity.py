@@ -233,8 +233,8 @@ def test_the_reference_is_worth_comparing_with(one_process):
             assert all(0 < executed <= density + 1e-6 for executed, density in shares), variant
             assert variant == "warmup" or all(density < 1 for _, density in shares), variant
         state = result["state"]
-        routed = {"1", "2", "3"} if variant == "untied-swiglu-dropless" else {"1", "2"}
-        assert {name.split(".")[1] for name in state} == routed
+        routed = tiny_config(VARIANTS[variant]).routed_layers
+        assert {int(name.split(".")[1]) for name in state} == set(routed)
         if variant in ("coefficient", "bias-mlp"):
             moved = "coefficient" if variant == "coefficient" else "threshold"
             assert all(state[f"layers.{layer}.{moved}"].abs() > 0.02 for layer in (1, 2))
