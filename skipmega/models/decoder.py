@@ -242,5 +242,5 @@ class DecoderStage(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         normed = self.shards.enter(self.final_norm(hidden))
         if self.tied:
-            return nn.functional.linear(normed, self.embedding.weight)
+            return self.embedding(normed, as_head=True)
         return self.head(normed)

@@ -84,7 +84,11 @@ class RowLinear(_CutLinear):
 
 class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):
     """Token embedding with the vocabulary cut over the tensor axis: [b, s] int64 to [s, b, hidden], of which
-    each tensor rank gets its rows if ``shards`` cut them over the tensor axis."""
+    each tensor rank gets its rows if ``shards`` cut them over the tensor axis.
+
+    As a tied head it is a :class:`ColumnLinear`: [..., hidden] to [..., vocabulary / size]. Both are calls of
+    this module because ZeRO 3 gathers the weights of a module when it is called, and only then.
+    """
 
     def __init__(
         self, vocabulary: int, hidden_size: int, config: TransformerConfig, shards: SequenceShards
@@ -99,8 +103,10 @@ class VocabularyEmbedding(tensor_parallel.VocabParallelEmbedding):
         )
         _mark_as_cut(self.weight, dim=0)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = super().forward(tokens)
+    def forward(self, given: Tensor, as_head: bool = False) -> Tensor:
+        if as_head:
+            return F.linear(given, self.weight)
+        embedded: Tensor = super().forward(given)
         return embedded if self.reduce_scatter_embeddings else embedded.transpose(0, 1).contiguous()
 
 
