@@ -119,7 +119,7 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
     """
     parallel, model, training = config.parallel, config.model, config.training
     tensor, each = parallel.tensor_parallel, parallel.processes_per_replica
-    _check_zero(parallel)
+    _check_zero(config)
     _check_sequence_cut(config)
     if world_size % each:
         raise ConfigError(
@@ -258,14 +258,30 @@ def _check_sequence_cut(config: RunConfig) -> None:
         )
 
 
-def _check_zero(parallel: ParallelConfig) -> None:
+def _check_zero(config: RunConfig) -> None:
+    parallel, training = config.parallel, config.training
     if parallel.zero_stage == 0:
         raise ConfigError(
             "parallel.zero_stage=0 is not supported: DeepSpeed's coalesced gradient reduction, which the "
             "pipeline schedule runs in, needs ZeRO; use 1 (the same arithmetic, sharded optimizer states)"
         )
-    if parallel.zero_stage == 3:
+    if parallel.zero_stage != 3:
+        return
+    if parallel.pipeline_parallel > 1:
         raise ConfigError(
-            "parallel.zero_stage=3 is not supported yet (with pipeline_parallel > 1 it deadlocks: stages "
-            "gather parameters in different orders); use 1 or 2"
+            f"parallel.zero_stage=3 with parallel.pipeline_parallel={parallel.pipeline_parallel} is not "
+            "supported: stages gather parameters in different orders and wait for each other forever; use "
+            "zero_stage 1 or 2, or pipeline_parallel=1"
+        )
+    if config.optimizer.name == "adafactor":
+        raise ConfigError(
+            "parallel.zero_stage=3 with optimizer.name=adafactor is not supported: it sums the rows and "
+            "columns of matrices, and knows where their pieces lie with ZeRO 1 and 2 only; use zero_stage 1 "
+            "or 2, or optimizer.name=adamw"
+        )
+    if training.compile:
+        raise ConfigError(
+            "parallel.zero_stage=3 with training.compile=true is not supported: torch fails to trace the "
+            "hooks by which ZeRO 3 gathers weights, and they cut a layer into many programs; use zero_stage "
+            "1 or 2, or training.compile=false"
         )

@@ -82,6 +82,9 @@ class ParallelConfig(Section):
     the interleaved order (arXiv 2104.04473), which idles less and sends more. ``layers_per_stage`` gives the
     number of layers of every stage, or of every chunk in the order of the layers; left out, they are cut so
     that the dearest one is as cheap as can be.
+
+    With ``zero_stage`` 1 and 2 data ranks share out the optimizer's states, with 3 the weights too; gradients
+    are whole until the end of a step with any.
     """
 
     tensor_parallel: int = Field(1, ge=1)
@@ -182,7 +185,7 @@ class TrainingConfig(Section):
     projections too), ``mlp`` (the feed-forward network with its norm), or the layer in ``full``; decisions
     and gradients are the same. ``gradient_precision`` is that in which gradients of a bf16 run are summed
     over micro-batches and over data ranks: in bf16 what is small beside its sum is lost. Between the two sums
-    and after them DeepSpeed rounds to bf16, once each.
+    and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
     """
 
     steps: int = Field(1000, ge=1)

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
 
 from skipmega.config import RunConfig
@@ -104,6 +105,10 @@ class TrainingEngine:
         self.stage.train()
         return average(sums, self.config, self.grid)
 
+    def release_gathered(self) -> None:
+        """Free what ZeRO 3 has gathered of the parameters; their next use gathers anew."""
+        self._deepspeed.empty_partition_cache()
+
     def _run(
         self,
         step: ForwardStep,
@@ -112,6 +117,7 @@ class TrainingEngine:
         sums: StepSums,
         backward: bool,
     ) -> None:
+        running = len(FWD_MODULE_STACK)
         def forward(source: Iterator[TokenBatch], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(source).to(self.grid.device)
             with sums.clock.measure():
@@ -126,6 +132,8 @@ class TrainingEngine:
             micro_batch_size=self.config.training.micro_batch_size,
             backward=backward,
         )
+        # recomputation stops in the middle of modules, which never leave ZeRO 3's list of those that run
+        del FWD_MODULE_STACK[running:]
 
     def _training_step(self, step: int, sums: StepSums, micro_batches: int) -> ForwardStep:
         routing, seed = self.config.routing, self.config.training.seed
@@ -210,6 +218,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings; the pipeline schedule owns the micro-batches, so accumulation is one."""
     replicas = (config.parallel.data_parallel or 1) * config.parallel.context_parallel
     size = config.training.micro_batch_size
+    cuts_parameters = config.parallel.zero_stage == 3
     return {
         "train_micro_batch_size_per_gpu": size,
         "train_batch_size": size * replicas,
@@ -219,6 +228,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.training.precision == "bf16"},
         "communication_data_type": "fp32" if sums_in_fp32(config) else None,
+        "data_types": {"grad_accum_dtype": "fp32" if sums_in_fp32(config) and cuts_parameters else None},
         "steps_per_print": 2**31,
     }
 

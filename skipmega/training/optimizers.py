@@ -77,10 +77,13 @@ def create_moments(zero: Any, stage: nn.Module, config: RunConfig, grid: Paralle
         }
         base.place(fragments)
     else:
-        for piece in zero.single_partition_of_fp32_groups:
+        cuts_parameters = config.parallel.zero_stage == 3
+        pieces = "fp32_partitioned_groups_flat" if cuts_parameters else "single_partition_of_fp32_groups"
+        for piece in getattr(zero, pieces):
             steps = torch.zeros((), device=piece.device if base.defaults["fused"] else "cpu")
             base.state[piece] = {"step": steps, **{name: torch.zeros_like(piece) for name in ADAM_MOMENTS}}
-    zero._lazy_init_hp_params_optimizer_state()
+    if config.parallel.zero_stage != 3:  # which looks for them where it needs them
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def updates_done(zero: Any) -> int:

@@ -12,8 +12,11 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 
 from skipmega.parallel.logical import LogicalTensor, partition_dim
 from skipmega.training.adafactor import ShardedAdafactor
@@ -51,19 +54,46 @@ def restore_state(engine: TrainingEngine, updates: int, read: ReadTensors) -> No
     state = collect_state(engine)
     read(state)
     device = engine.grid.device
+    set_weight, set_moment = _set_weight, safe_set_full_optimizer_state
+    if engine.config.parallel.zero_stage == 3:
+        engine.release_gathered()
+        set_weight, set_moment = _set_cut_weight, _set_cut_moment
     for name, parameter in engine.stage.named_parameters():
-        weight = state[f"weights/{name}"].local.to(device)
-        safe_set_full_fp32_param(parameter, weight)
-        with torch.no_grad():
-            parameter.copy_(weight)
+        set_weight(parameter, state[f"weights/{name}"].local.to(device))
         for moment in _full_moments(engine, parameter):
-            safe_set_full_optimizer_state(
-                parameter, state[f"optimizer/{moment}/{name}"].local.to(device), moment
-            )
+            set_moment(parameter, state[f"optimizer/{moment}/{name}"].local.to(device), moment)
     for key, tensor in _factored_moments(engine):
         tensor.local.copy_(state[key].local)
     for name, live in engine.routing_tensors().items():
         live.copy_(state[f"routing/{name}"].local)
+
+
+@torch.no_grad()
+def _set_weight(parameter: nn.Parameter, weight: Tensor) -> None:
+    safe_set_full_fp32_param(parameter, weight)
+    parameter.copy_(weight)
+
+
+@torch.no_grad()
+def _set_cut_weight(parameter: nn.Parameter, weight: Tensor) -> None:
+    piece = _piece_of_rank(parameter, weight)
+    safe_set_local_fp32_param(parameter, piece)
+    parameter.ds_tensor.copy_(piece)  # type: ignore[attr-defined]
+
+
+def _set_cut_moment(parameter: nn.Parameter, whole: Tensor, moment: str) -> None:
+    safe_set_local_optimizer_state(parameter, _piece_of_rank(parameter, whole), moment)
+
+
+def _piece_of_rank(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """What ZeRO 3 keeps of ``whole`` on this rank, filled up with zeros at the end.
+
+    DeepSpeed's setters of whole tensors fail where the ranks do not divide them.
+    """
+    numel = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    padded = functional.pad(whole.flatten(), (0, numel * group.size() - whole.numel()))
+    return padded.narrow(0, numel * group.rank(), numel)
 
 
 def _full_moments(engine: TrainingEngine, parameter: nn.Parameter) -> tuple[str, ...]:

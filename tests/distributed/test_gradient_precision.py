@@ -11,9 +11,8 @@ from skipmega.config import resolve_grid, resolve_vocabulary
 from skipmega.data.batches import TokenBatch
 from skipmega.launch.environment import discover_process
 from skipmega.parallel.grid import create_grid, release_grid
-from skipmega.training.engine import TrainingEngine
 from skipmega.training.sums import StepSums
-from support.steps import gather_logical, tiny_batches, tiny_config
+from support.steps import gather_logical, make_engine, tiny_batches, tiny_config
 from support.worlds import run_world
 
 PRECISIONS = ("fp32", "bf16")
@@ -39,7 +38,7 @@ def first_step(
     )  # fmt: skip
     config = resolve_grid(resolve_vocabulary(config, None), process.world_size)
     grid = create_grid(process)
-    engine = TrainingEngine(config, grid)
+    engine = make_engine(config, grid)
     batches: Iterator[TokenBatch] = tiny_batches(config, grid)
     if same:
         batches = repeat(next(batches))
@@ -57,11 +56,15 @@ def on_one_process():
         "zero2": first_step("fp32", 64, same=True, zero_stage=2),
         "of an fp32 run": first_step("fp32", 64, same=False, precision="fp32"),
         **{f"{name} apart": first_step(name, 64, same=False) for name in PRECISIONS},
+        "zero3 one": first_step("fp32", 1, same=True, zero_stage=3),
+        "zero3": first_step("fp32", 64, same=True, zero_stage=3),
+        "zero3 apart": first_step("fp32", 64, same=False, zero_stage=3),
     }
 
 
 def on_two_processes():
-    return {name: first_step(name, 32, same=False) for name in PRECISIONS}
+    results = {name: first_step(name, 32, same=False) for name in PRECISIONS}
+    return {**results, "zero3": first_step("fp32", 32, same=False, zero_stage=3)}
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +73,21 @@ def alone():
     return result
 
 
+@pytest.fixture(scope="module")
+def of_two():
+    return run_world(on_two_processes, 2)
+
+
 def worst_error(found, expected):
     return max(
         float((found[1][name] - gradient).norm() / gradient.norm()) for name, gradient in expected[1].items()
     )
 
 
-@pytest.mark.parametrize("name", ["fp32", "zero2"])
-def test_sixty_four_times_the_same_is_the_same(name, alone):
-    assert alone[name][0] == pytest.approx(alone["one"][0], rel=1e-5)
-    assert worst_error(alone[name], alone["one"]) < 1e-5
+@pytest.mark.parametrize(("name", "once"), [("fp32", "one"), ("zero2", "one"), ("zero3", "zero3 one")])
+def test_sixty_four_times_the_same_is_the_same(name, once, alone):
+    assert alone[name][0] == pytest.approx(alone[once][0], rel=1e-5)
+    assert worst_error(alone[name], alone[once]) < 1e-5
 
 
 def test_the_norm_is_that_of_an_fp32_run(alone):
@@ -91,12 +99,19 @@ def test_in_bf16_much_is_lost(alone):
     assert worst_error(alone["bf16"], alone["one"]) > 1e-3
 
 
-def test_two_ranks_lose_no_more_than_three_roundings(alone):
+def test_two_ranks_lose_no_more_than_three_roundings(alone, of_two):
     """DeepSpeed rounds to the weights' precision before and after ranks are summed; the other side once."""
-    for result in run_world(on_two_processes, 2):
+    for result in of_two:
         error = worst_error(result["fp32"], alone["fp32 apart"])
         assert error < 3 * 2**-9
         assert error < 0.75 * worst_error(result["bf16"], alone["fp32 apart"])
+
+
+def test_zero_3_rounds_nowhere(alone, of_two):
+    for result in of_two:
+        assert result["zero3"][0] == pytest.approx(alone["zero3 apart"][0], rel=1e-5)
+        assert worst_error(result["zero3"], alone["zero3 apart"]) < 1e-5
+    assert 1e-4 < worst_error(alone["fp32 apart"], alone["zero3 apart"]) < 2**-8, "elsewhere once"
 
 
 def test_widths_of_weights_and_gradients_are_kept_apart(alone):

@@ -55,6 +55,8 @@ VARIANTS = {
     # a coin decides, not a rounding
     "bf16": {"routing": {"router": "random"}, "training": {"precision": "bf16"}},
     "many-heads": {"model": {"num_attention_heads": 4, "num_key_value_heads": 4}},
+    "recompute": {"training": {"recompute": "full"}},
+    "recompute-attention": {"training": {"recompute": "attention"}},
     "warmup": {"routing": {"router": "quantile", "density_warmup_steps": 2}, "training": RANK_BY_RANK},
 }  # fmt: skip
 LAST_STEPS = ("coefficient", "quantile", "adamw")  # no threshold moves
@@ -65,11 +67,12 @@ TP2-SP untied-swiglu-dropless, CP2 untied-swiglu-dropless, PP2 untied-swiglu-dro
 DP2 adafactor, TP2-SP adafactor, CP2 adafactor, PP2 router-rate,
 DP2 quantile, TP2-SP quantile, CP2 quantile, PP2-V2 quantile, PP2-V2 deep, TP2-SP ranked,
 TP2 mixture-of-depths, DP2 mixture-of-depths, CP2 coefficient, PP2 coefficient, TP2-SP bias-mlp, CP2 bias-mlp,
-TP2-SP random-attention, PP2 warmup, TP2-SP dense-gradient, TP2-SP bf16, CP2 bf16
+TP2-SP random-attention, PP2 warmup, TP2-SP dense-gradient, TP2-SP bf16, CP2 bf16,
+DP2-Z3 adamw, DP2-Z3 recompute
 """
 GRIDS_OF_4 = """
 TP2-PP2 adamw, PP2-DP2-Z2 adamw, CP2-PP2 adamw, CP2-DP2 adamw, TP4-SP many-heads, PP4-V2 deep,
-TP2-SP-CP2 untied-swiglu-dropless, TP2-SP-DP2 adafactor, PP2-DP2 coefficient
+TP2-SP-CP2 untied-swiglu-dropless, TP2-SP-DP2 adafactor, PP2-DP2 coefficient, TP2-SP-DP2-Z3 adamw
 """
 # with these, all
 MORE_GRIDS_OF_2 = """
@@ -77,13 +80,15 @@ TP2 untied-swiglu-dropless, DP2 untied-swiglu-dropless, TP2 adafactor, DP2 route
 PP2 quantile, TP2 quantile-running, PP2 quantile-running, DP2 quantile-running, TP2-SP quantile-running,
 CP2 ranked, PP2 mixture-of-depths, TP2 coefficient, DP2 coefficient, TP2 bias-mlp, PP2 bias-mlp, DP2 bias-mlp,
 TP2 random-attention, DP2 random-attention, CP2 random-attention, PP2-V4 deep, CP2 dense-gradient,
-CP2-Z2 adamw, TP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16
+CP2-Z2 adamw, TP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16, DP2-Z3 bf16, DP2-Z3 untied-swiglu-dropless,
+CP2-Z3 adamw, TP2-SP recompute, CP2 recompute-attention, PP2-V2 recompute
 """
 MORE_GRIDS_OF_4 = """
 TP2-DP2 adamw, PP2-DP2 adamw, PP4 adamw, DP4 adamw, TP2-SP-CP2 adamw, TP2-SP-PP2 adamw, CP4 adamw,
 TP2-PP2 untied-swiglu-dropless, CP2-PP2 untied-swiglu-dropless, TP2-DP2 adafactor, CP2-DP2 adafactor,
 TP2-DP2 mixture-of-depths, PP4 bias-mlp, TP2-SP-CP2 bias-mlp, TP2-SP-CP2 quantile, TP2-SP-DP2 quantile,
-PP2-V2-DP2 deep, TP2-SP-PP2-V2 deep, CP2-PP2-V2 deep, TP2-SP-CP2 bf16, TP2-SP-PP2-V2 bf16
+PP2-V2-DP2 deep, TP2-SP-PP2-V2 deep, CP2-PP2-V2 deep, TP2-SP-CP2 bf16, TP2-SP-PP2-V2 bf16,
+TP2-DP2-Z3 adamw, TP2-DP2-Z3 recompute-attention, TP2-SP-CP2-Z3 recompute
 """
 GRIDS_OF_8 = """
 TP2-SP-CP2-PP2 adamw, TP2-PP2-DP2-Z2 adamw, TP2-SP-PP2-DP2 adamw, CP2-PP2-DP2 adamw, PP4-DP2 adamw,
@@ -193,6 +198,13 @@ def test_every_four_processes_equal_one(name, one_process, every_four_processes)
 @pytest.mark.parametrize("name", names_of(GRIDS_OF_8))
 def test_every_eight_processes_equal_one(name, one_process, every_eight_processes):
     check(name, one_process, every_eight_processes)
+
+
+def test_zero_3_leaves_nothing_whole(two_processes, four_processes):
+    """Or its grids above would show nothing."""
+    for rank_results in two_processes + four_processes:
+        for name, found in rank_results.items():
+            assert found["parameters_kept"] == ("Z3" not in name), name
 
 
 @pytest.mark.parametrize("variant", sorted({*VARIANTS} - {"bf16"}))

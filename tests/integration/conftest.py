@@ -32,9 +32,8 @@ def runs_of_2(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def whole_and_stopped(folder: Path, runs: dict[str, list[str]]) -> list[list[str]]:
     """The overrides of both, for every run."""
-    whole = [[f"run_dir={folder / name}", *overrides] for name, overrides in runs.items()]
-    stopped = [
-        [f"run_dir={folder / name}-stopped", f"training.stop_after={HALF}", *overrides]
-        for name, overrides in runs.items()
-    ]
-    return whole + stopped
+    both = []
+    for name, overrides in runs.items():
+        both.append([f"run_dir={folder / name}", *overrides])
+        both.append([f"run_dir={folder / name}-stopped", f"training.stop_after={HALF}", *overrides])
+    return both

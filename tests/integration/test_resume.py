@@ -18,20 +18,23 @@ from support.tiny_run import (
 )
 from support.worlds import run_world
 
+MOVES = [("TP2", "DP2"), ("DP2", "zero3"), ("zero3", "DP2")]  # goes on, was stopped
 REPEATABLE = ("loss", "grad_norm", "learning_rate", "density", "tokens")
 
 
 @pytest.fixture(scope="module")
 def cut_runs_resumed(tiny_config: Path, runs_of_2: Path) -> Path:
-    """``runs_of_2`` after TP2 and PP2 were resumed and TP2-from-DP2 took over where DP2 was stopped."""
-    checkpoint = runs_of_2 / "DP2-stopped" / "checkpoints" / f"step-{HALF:08d}"
+    """``runs_of_2`` after TP2, PP2 and zero3 were resumed and A-from-B took over where B was stopped."""
     moved = [
-        f"run_dir={runs_of_2}/TP2-from-DP2",
-        f"checkpoint.resume={checkpoint}",
-        *RUNS_OF_2["TP2"],
+        [
+            f"run_dir={runs_of_2}/{name}-from-{stopped}",
+            f"checkpoint.resume={runs_of_2}/{stopped}-stopped/checkpoints/step-{HALF:08d}",
+            *RUNS_OF_2[name],
+        ]
+        for name, stopped in MOVES
     ]
-    resumed = [[f"run_dir={runs_of_2}/{name}-stopped", *RUNS_OF_2[name]] for name in ("TP2", "PP2")]
-    run_world(pretrain_each, 2, tiny_config, [*resumed, moved])
+    resumed = [[f"run_dir={runs_of_2}/{name}-stopped", *RUNS_OF_2[name]] for name in ("TP2", "PP2", "zero3")]
+    run_world(pretrain_each, 2, tiny_config, [*resumed, *moved], limit=240)
     return runs_of_2
 
 
@@ -58,14 +61,15 @@ def test_adafactor(tiny_config: Path, runs_of_1: Path) -> None:
     check_identical(run, runs_of_1 / "adafactor")
 
 
-@pytest.mark.parametrize("name", ["TP2", "PP2"])
+@pytest.mark.parametrize("name", ["TP2", "PP2", "zero3"])
 def test_a_cut_model(name: str, cut_runs_resumed: Path) -> None:
     check_identical(cut_runs_resumed / f"{name}-stopped", cut_runs_resumed / name)
 
 
-def test_on_another_grid(cut_runs_resumed: Path) -> None:
-    expected = records(cut_runs_resumed / "DP2", "train")
-    found = records(cut_runs_resumed / "TP2-from-DP2", "train")
+@pytest.mark.parametrize(("name", "stopped"), MOVES)
+def test_on_another_grid(name: str, stopped: str, cut_runs_resumed: Path) -> None:
+    expected = records(cut_runs_resumed / stopped, "train")
+    found = records(cut_runs_resumed / f"{name}-from-{stopped}", "train")
     assert list(found) == list(range(HALF + 1, STEPS + 1))
     for step, record in found.items():
         for field in ("loss", "grad_norm"):

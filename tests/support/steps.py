@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
 from skipmega.parallel.logical import partition_dim
 from skipmega.routing.noise import NoiseKey
 from skipmega.routing.state import RoutingState
-from skipmega.training.engine import TrainingEngine
+from skipmega.training.engine import TrainingEngine, deepspeed_config
 from skipmega.training.sums import StepSums, average
 
 SAMPLES_PER_MICRO_STEP = 4
@@ -76,8 +77,27 @@ def tiny_batches(config: RunConfig, grid: ParallelGrid, first_sample: int = 0) -
 @contextmanager
 def tiny_grid(parallel: dict[str, Any]) -> Iterator[ParallelGrid]:
     """The grid of this world that the section says, released in the end. Costs: gloo keeps some threads."""
+    linear = functional.linear
     yield create_grid(discover_process(), ParallelConfig(**parallel))
     release_grid()
+    functional.linear = linear  # which ZeRO 3 replaces for good
+
+
+def make_engine(config: RunConfig, grid: ParallelGrid) -> TrainingEngine:
+    """An engine whose ZeRO 3 leaves no parameter whole, however small, and keeps none until its next use."""
+
+    def settings(config: RunConfig) -> dict[str, Any]:
+        values = deepspeed_config(config)
+        if config.parallel.zero_stage == 3:
+            values["zero_optimization"].update(
+                stage3_param_persistence_threshold=0,
+                stage3_max_reuse_distance=0,
+                stage3_prefetch_bucket_size=3000,
+            )
+        return values
+
+    with patch("skipmega.training.engine.deepspeed_config", settings):
+        return TrainingEngine(config, grid)
 
 
 def train_tiny(
@@ -95,6 +115,10 @@ def train_tiny(
     before the last one and at the end by logical name, what was seen per step, the held-out averages and the
     routing state; ``same_micro_batches`` says whether each is one of a single process, ``same_rows`` whether
     none is cut either.
+
+
+    routing state; ``parameters_kept`` says whether any is whole on this rank between steps,
+    ``same_micro_batches`` whether each is one of a single process.
     """
     config = tiny_config({**(overrides or {}), "parallel": parallel})
     replicas = grid.data.size
@@ -105,7 +129,7 @@ def train_tiny(
     config = config.model_copy(update={"training": training})
     config = resolve_grid(resolve_vocabulary(config, None), grid.world_size)
     torch.manual_seed(grid.rank)
-    engine = TrainingEngine(config, grid)
+    engine = make_engine(config, grid)
     batches = tiny_batches(config, grid)
     losses, norms, seen = [], [], []
     gradients: list[dict[str, torch.Tensor]] = []
@@ -118,6 +142,7 @@ def train_tiny(
         if step in (0, steps - 1):
             gradients.append(gather_logical(engine, grid, safe_get_full_grad))
         norms.append(float(engine.apply_gradients(step, 0.01)))
+        kept = any(parameter.numel() for parameter in engine.stage.parameters())
         seen.append(average(sums, config, grid))
         losses.append(seen[-1].loss)
     held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches, steps)
@@ -127,7 +152,7 @@ def train_tiny(
     return {
         "losses": losses, "norms": norms, "gradients": gradients[0], "last_gradients": gradients[-1],
         "weights": weights[-1], "last_weights": weights[0], "state": state, "seen": seen,
-        "held_out": held_out,
+        "held_out": held_out, "parameters_kept": kept,
         "same_micro_batches": same_micro_batches,
         "same_rows": same_micro_batches and config.parallel.sequence_shards == 1,
     }  # fmt: skip

@@ -36,6 +36,8 @@ RUNS_OF_2 = {
     "TP2": ["parallel.tensor_parallel=2", *_REMEMBERS_COEFFICIENT],
     "PP2": ["parallel.pipeline_parallel=2", *_REMEMBERS_QUANTILES],
 }
+# The last, since DeepSpeed then replaces torch's linear for good
+RUNS_OF_2["zero3"] = ["parallel.zero_stage=3", *RUNS_OF_2["DP2"]]
 TORCHRUN_2 = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

@@ -200,7 +200,21 @@ def test_the_grid_is_completed_with_the_number_of_replicas() -> None:
             ["training.eval_sequences=6", "training.micro_batch_size=2 x 2", "a multiple of 4"],
         ),
         ({"parallel": {"zero_stage": 0}}, 6, ["parallel.zero_stage=0", "use 1"]),
-        ({"parallel": {"zero_stage": 3}}, 6, ["parallel.zero_stage=3", "use 1 or 2"]),
+        (
+            {"parallel": {"zero_stage": 3, "pipeline_parallel": 3}},
+            6,
+            ["parallel.zero_stage=3", "parallel.pipeline_parallel=3", "forever", "use zero_stage 1 or 2"],
+        ),
+        (
+            {"parallel": {"zero_stage": 3, "pipeline_parallel": 1}, "optimizer": {"name": "adafactor"}},
+            6,
+            ["parallel.zero_stage=3", "optimizer.name=adafactor", "or optimizer.name=adamw"],
+        ),
+        (
+            {"parallel": {"zero_stage": 3, "pipeline_parallel": 1}, "training": {"compile": True}},
+            6,
+            ["parallel.zero_stage=3", "training.compile=true", "or training.compile=false"],
+        ),
     ],
 )
 def test_what_does_not_fit_the_grid_is_refused(
