@@ -117,12 +117,12 @@ class TrainingEngine:
         sums: StepSums,
         backward: bool,
     ) -> None:
-        running = len(FWD_MODULE_STACK)
         def forward(source: Iterator[TokenBatch], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(source).to(self.grid.device)
             with sums.clock.measure():
                 return step(batch, chunk)
 
+        running = len(FWD_MODULE_STACK)
         run_micro_batches(
             self.stage.chunks,
             batches,

@@ -38,7 +38,7 @@ def train(engine, grid, first, last):
     seen = []
     batches = tiny_batches(engine.config, grid, first_sample=first * GLOBAL_BATCH)
     for step in range(first, last):
-        sums = StepSums.zeros(engine.config, grid.device)
+        sums = StepSums.zeros(engine.config, grid)
         norm = engine.train_step(batches, step, 0.01, sums)
         seen.append((average(sums, engine.config, grid).loss, float(norm)))
         if step == first:

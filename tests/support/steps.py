@@ -8,7 +8,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from torch.nn import functional
 
 from skipmega.config import ParallelConfig, RunConfig, build_config, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import TokenBatch
@@ -130,6 +132,7 @@ def train_tiny(
     config = resolve_grid(resolve_vocabulary(config, None), grid.world_size)
     torch.manual_seed(grid.rank)
     engine = make_engine(config, grid)
+    running = len(FWD_MODULE_STACK)
     batches = tiny_batches(config, grid)
     losses, norms, seen = [], [], []
     gradients: list[dict[str, torch.Tensor]] = []
@@ -148,6 +151,7 @@ def train_tiny(
     held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches, steps)
     weights.append(gather_logical(engine, grid, safe_get_full_fp32_param))
     state = gather_state(engine, grid)
+    assert len(FWD_MODULE_STACK) == running, "ZeRO 3 takes modules that have run for running"
     same_micro_batches = replicas == 1 or size is not None
     return {
         "losses": losses, "norms": norms, "gradients": gradients[0], "last_gradients": gradients[-1],
