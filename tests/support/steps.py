@@ -115,12 +115,8 @@ def train_tiny(
 
     Returns losses and grad-norms per step, the gradients of the first and last step and the fp32 weights
     before the last one and at the end by logical name, what was seen per step, the held-out averages and the
-    routing state; ``same_micro_batches`` says whether each is one of a single process, ``same_rows`` whether
-    none is cut either.
-
-
     routing state; ``parameters_kept`` says whether any is whole on this rank between steps,
-    ``same_micro_batches`` whether each is one of a single process.
+    ``same_micro_batches`` whether each is one of a single process, ``same_rows`` whether none is cut either.
     """
     config = tiny_config({**(overrides or {}), "parallel": parallel})
     replicas = grid.data.size

@@ -14,14 +14,17 @@ import torch
 from skipmega.config import RunConfig, build_config, load_config, resolve_grid
 from skipmega.data.tokenizer import train_tokenizer
 from skipmega.errors import ConfigError
+from skipmega.launch.environment import discover_process
 from skipmega.launch.estimate import GIB, Estimate, estimate, process_memory, with_vocabulary
 from skipmega.models.decoder import DecoderStage
 from skipmega.models.flops import count_parameters, training_flops_per_token
 from skipmega.models.layer import LayerContext
-from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
+from skipmega.models.rotary import rotary_table
+from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication, release_grid
 from skipmega.parallel.process import ProcessInfo
 from skipmega.routing.noise import NoiseKey
 from skipmega.routing.state import RoutingState
+from support.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[3]
 HIDDEN, INNER, LAYERS, VOCABULARY = 32, 80, 4, 256
@@ -224,12 +227,21 @@ def grid() -> Iterator[ParallelGrid]:
 def kept_for_backward(config: RunConfig, grid: ParallelGrid) -> float:
     """Bytes that one compiled layer keeps, masks of attention left out, as torch's partitioner decides."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     stage = DecoderStage(config, grid).to(torch.bfloat16).train()
     layer = torch.compile(stage.layers["0"], backend="aot_eager_decomp_partition", dynamic=False)
-    length, batch = config.data.sequence_length, config.training.micro_batch_size
-    state = RoutingState(config, stage.routed_layers, grid.device)
-    inputs = state.for_training(0, NoiseKey(1, torch.arange(batch)), torch.arange(length)).get(0)
-    hidden = torch.randn(length, batch, config.model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    model, length, batch = config.model, config.data.sequence_length, config.training.micro_batch_size
+    state, shards = RoutingState(config, stage.routed_layers, grid.device), stage.shards
+    at = shards.positions(length, grid.device)
+    inputs = state.for_training(0, NoiseKey(1, torch.arange(batch)), at).get(0)
+    hidden = torch.randn(len(at), batch, model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    positions = shards.context_positions(length, grid.device).unsqueeze(1)
+    context = LayerContext(
+        None,
+        config.routing.capacity_factor,
+        rotary=rotary_table(length, model.head_size, model.rope_theta, grid.device),
+        positions=positions if shards.context.size > 1 else None,
+    )
     own = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -241,34 +253,64 @@ def kept_for_backward(config: RunConfig, grid: ParallelGrid) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(hidden, inputs, LayerContext(None, config.routing.capacity_factor))
+        layer(hidden, inputs, context)
     return float(sum(size for size, _ in kept.values()))
 
 
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "dense-swiglu": {"routing": DENSE, "model": {"activation": "swiglu", "num_key_value_heads": 2}},
-    "gumbel": {"routing": {"router": "gumbel", "density": 0.5}},
+    "wide-heads": {"routing": DENSE, "model": {"head_dim": 128}},
+    "gumbel": {"routing": {"router": "gumbel", "density": 0.5, "group_size": 16}},
     "executed-keys": {"routing": {"router": "topk", "keys_values": "executed", "density": 0.25}},
-    "mlp": {"routing": {"wrap": "mlp", "density": 0.25}},
-    "attention": {"routing": {"wrap": "attention", "density": 0.25}},
+    "mlp": {"routing": {"wrap": "mlp", "density": 0.25, "group_size": 16}},
+    "attention": {"routing": {"wrap": "attention", "density": 0.25, "group_size": 16}},
     "highway": {"routing": {"router": "highway"}},
 }
+GRIDS: dict[str, dict[str, Any]] = {
+    "TP2": {"tensor_parallel": 2},
+    "TP2 SP": {"tensor_parallel": 2, "sequence_parallel": True},
+    "CP2": {"context_parallel": 2},
+}
+
+
+def one_layer(kind: str, **sections: dict[str, Any]) -> RunConfig:
+    model = {"num_layers": 1, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 896}
+    return make_config(
+        model=model | KINDS[kind].get("model", {}),
+        routing={"dense_first": 0, "dense_last": 0, **KINDS[kind]["routing"]},
+        data={"sequence_length": 64},
+        **sections,
+    )
 
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_what_a_compiled_layer_keeps(grid: ParallelGrid, kind: str) -> None:
-    sections = KINDS[kind]
-    config = make_config(
-        model={
-            "num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 224,
-            **sections.get("model", {}),
-        },
-        routing={"dense_first": 0, "dense_last": 0, **sections["routing"]},
-        data={"sequence_length": 64},
-    )  # fmt: skip
-    found = memory(config).activations
-    assert found == pytest.approx(kept_for_backward(resolve_grid(config, 1), grid), rel=0.06)
+    config = one_layer(kind)
+    kept = kept_for_backward(resolve_grid(config, 1), grid)
+    assert memory(config).activations == pytest.approx(kept, rel=0.03)
+
+
+def kept_in_world() -> dict[tuple[str, str], float]:
+    """For ``run_world``: what a process of each grid of two keeps of each layer."""
+    kept = {}
+    for name, parallel in GRIDS.items():
+        for kind in sorted(KINDS.keys() - {"executed-keys"}):
+            config = resolve_grid(one_layer(kind, parallel=parallel), 2)
+            kept[name, kind] = kept_for_backward(config, create_grid(discover_process(), config.parallel))
+            release_grid()
+    return kept
+
+
+@pytest.mark.timeout(300)
+def test_cut_activations_are_what_a_process_keeps() -> None:
+    for rank in run_world(kept_in_world, 2, limit=250):
+        found = {case: memory(one_layer(case[1], parallel=GRIDS[case[0]]), 2).activations for case in rank}
+        assert found == pytest.approx(rank, rel=0.03)
+
+
+def test_what_is_recomputed_is_not_kept() -> None:
+    """Of what is named its input stays, as it is before it is gathered."""
 
 
 def test_memory_is_near_what_was_measured_on_a_gpu() -> None:
