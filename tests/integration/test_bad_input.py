@@ -231,7 +231,11 @@ def test_data_that_a_run_cannot_use(
         (3, "parallel.tensor_parallel=3", "model.num_attention_heads=2 is not divisible by parallel.tensor_"),
         (4, "parallel.pipeline_parallel=4", "model.num_layers=3 are fewer than parallel.pipeline_parallel=4"),
         (1, "parallel.layers_per_stage=[2]", "parallel.layers_per_stage=[2] is not 1 numbers (parallel.pi"),
-        (3, "parallel.tensor_parallel=2", "3 processes cannot hold parallel.tensor_parallel=2 x parallel."),
+        (
+            3,
+            "parallel.tensor_parallel=2",
+            "3 processes cannot hold parallel.tensor_parallel=2: start a multiple of 2",
+        ),
         (2, "parallel.data_parallel=4", "is 4 processes, but 2 were started: start that many, or leave"),
         (2, "training.global_batch_size=3", "training.global_batch_size=3 is not a multiple of training.mi"),
     ],

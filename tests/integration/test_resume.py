@@ -18,13 +18,14 @@ from support.tiny_run import (
 )
 from support.worlds import run_world
 
-MOVES = [("TP2", "DP2"), ("DP2", "zero3"), ("zero3", "DP2")]  # goes on, was stopped
+MOVES = [("TP2", "DP2"), ("CP2", "PP2"), ("DP2", "zero3"), ("zero3", "DP2")]  # goes on, was stopped
+CUT = ("TP2", "PP2", "CP2", "zero3")
 REPEATABLE = ("loss", "grad_norm", "learning_rate", "density", "tokens")
 
 
 @pytest.fixture(scope="module")
 def cut_runs_resumed(tiny_config: Path, runs_of_2: Path) -> Path:
-    """``runs_of_2`` after TP2, PP2 and zero3 were resumed and A-from-B took over where B was stopped."""
+    """``runs_of_2`` after those of CUT were resumed and A-from-B took over where B was stopped."""
     moved = [
         [
             f"run_dir={runs_of_2}/{name}-from-{stopped}",
@@ -33,7 +34,7 @@ def cut_runs_resumed(tiny_config: Path, runs_of_2: Path) -> Path:
         ]
         for name, stopped in MOVES
     ]
-    resumed = [[f"run_dir={runs_of_2}/{name}-stopped", *RUNS_OF_2[name]] for name in ("TP2", "PP2", "zero3")]
+    resumed = [[f"run_dir={runs_of_2}/{name}-stopped", *RUNS_OF_2[name]] for name in CUT]
     run_world(pretrain_each, 2, tiny_config, [*resumed, *moved], limit=240)
     return runs_of_2
 
@@ -61,7 +62,7 @@ def test_adafactor(tiny_config: Path, runs_of_1: Path) -> None:
     check_identical(run, runs_of_1 / "adafactor")
 
 
-@pytest.mark.parametrize("name", ["TP2", "PP2", "zero3"])
+@pytest.mark.parametrize("name", CUT)
 def test_a_cut_model(name: str, cut_runs_resumed: Path) -> None:
     check_identical(cut_runs_resumed / f"{name}-stopped", cut_runs_resumed / name)
 

@@ -33,8 +33,9 @@ RUNS_OF_1 = {
 }
 RUNS_OF_2 = {
     "DP2": ["training.micro_batch_size=2", *_REMEMBERS_COEFFICIENT],
-    "TP2": ["parallel.tensor_parallel=2", *_REMEMBERS_COEFFICIENT],
-    "PP2": ["parallel.pipeline_parallel=2", *_REMEMBERS_QUANTILES],
+    "TP2": ["parallel.tensor_parallel=2", "parallel.sequence_parallel=true", *_REMEMBERS_COEFFICIENT],
+    "PP2": ["parallel.pipeline_parallel=2", "parallel.chunks_per_stage=2", *_REMEMBERS_QUANTILES],
+    "CP2": ["parallel.context_parallel=2", *_REMEMBERS_QUANTILES],
 }
 # The last, since DeepSpeed then replaces torch's linear for good
 RUNS_OF_2["zero3"] = ["parallel.zero_stage=3", *RUNS_OF_2["DP2"]]

@@ -177,6 +177,17 @@ def test_a_list_names_each_routed_layer(field: str) -> None:
             ["keys_values=executed packs whole sequences", "a router other than highway"],
         ),
         (
+            {"dispatch": "balanced", "capacity_factor": 1.25},
+            ["dispatch=balanced has nothing to balance", "capacity_factor=1.25", "leave dispatch out"],
+        ),
+        *(
+            (
+                {"dispatch": "balanced", "capacity_factor": None} | unpacked,
+                ["dispatch=balanced moves tokens", "use wrap=layer or wrap=mlp, gradient=packed"],
+            )
+            for unpacked in ({"wrap": "attention"}, {"gradient": "dense"}, {"router": "always"})
+        ),
+        (
             {"router": "fixed_input", "density_control": "bias"},
             ["density_control=bias", "router=fixed_input", "use penalty or coefficient"],
         ),
