@@ -29,6 +29,8 @@ _MASTER = 4  # bytes of a weight's fp32 copy, and of each of its moments
 _EAGER_LOGIT = 12  # bytes in backward: log-probability, its gradient and the logit's, in fp32
 _EVALUATED_LOGIT = 8  # bytes: the logit in fp32 and its log-probability; evaluation is eager
 _BUCKET = 500_000_000  # elements that DeepSpeed sets aside for reducing gradients
+# weights that ZeRO 3 leaves gathered between forward and backward: those it needs again within 10^9
+_GATHERED = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class ProcessMemory:
 
     ``weights`` in the run's precision, ``gradients`` in theirs (ZeRO 2 saves none of the latter: a whole
     step's pile up before they are reduced). ZeRO 3 leaves its share of both over data and context ranks,
-    and the largest layer or table of embeddings, gathered. ``optimizer``: fp32 weights and moments, its share
+    and weights that are gathered. ``optimizer``: fp32 weights and moments, its share
     over the same ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up
     to half as much again, and masks), and ``logits`` with their gradients. ``update``: what reducing
     gradients, updating weights or evaluating need, when the activations are gone. What libraries and
@@ -177,7 +179,7 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     summed = size if config.training.gradient_precision == "bf16" else _MASTER
     weights = _stage_parameters(config, stage)
     held = weights / replicas if parallel.zero_stage == 3 else weights
-    gathered = _largest_part(config, stage) if parallel.zero_stage == 3 else 0.0
+    gathered = min(weights, max(_largest_part(config, stage), _GATHERED)) if parallel.zero_stage == 3 else 0.0
     # of Adafactor's moments nothing is left but rows and columns; its step holds directions beside gradients
     logits = _rows(config).entered * config.vocab_size / parallel.tensor_parallel if is_last else 0.0
     update = max(
@@ -218,7 +220,7 @@ def _table_parameters(config: RunConfig) -> float:
 
 
 def _largest_part(config: RunConfig, stage: int) -> float:
-    """Weights of the largest of what ZeRO 3 gathers at a time."""
+    """Weights of the largest layer, or table of embeddings."""
     layers = [_layer_parameters(config, layer) for layer in _layers_of(config, stage)]
     has_table = stage in (0, config.parallel.pipeline_parallel - 1)
     return max([*layers, _table_parameters(config) if has_table else 0.0])
