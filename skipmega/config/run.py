@@ -237,24 +237,24 @@ def _check_sequence_cut(config: RunConfig) -> None:
     parts, cutters = math.lcm(shards, 2 * context if context > 1 else 1), " and ".join(cut)
     if length % parts:
         raise ConfigError(
-            f"data.sequence_length={length} is not divisible by {parts}, the parts that {cutters} cuts it "
-            "into: use a multiple"
+            f"data.sequence_length={length} cannot be cut into {parts} parts, as {cutters} asks: use a "
+            f"multiple of {parts}"
         )
-    if not config.routed_layers or routing.router == "highway":
+    if not config.routed_layers:
         return
     if routing.keys_values == "executed":
         raise ConfigError(
-            f"routing.keys_values=executed packs whole sequences, and {cutters} cuts them: use "
+            f"routing.keys_values=executed packs whole sequences, which are cut by {cutters}: use "
             "keys_values=all, or another grid"
         )
-    group, part = routing.group_size, length // parts
-    ranks = routing.router == "topk"
-    if (ranks or routing.capacity_factor is not None) and (group is None or part % group):
+    group, part, ranks = routing.group_size, length // parts, routing.router == "topk"
+    deals = ranks or (routing.capacity_factor is not None and routing.router not in ("highway", "never"))
+    if deals if group is None else part % group:
         whole = "the whole sequence (routing.group_size is left out)"
         raise ConfigError(
-            f"tokens share slots within {whole if group is None else f'routing.group_size={group}'}, and "
-            f"{cutters} cuts it into parts of {part}: set routing.group_size to a divisor of {part}"
-            + ("" if ranks else ", or routing.capacity_factor=null")
+            f"tokens share slots within {whole if group is None else f'routing.group_size={group}'}, "
+            f"which is cut into parts of {part} by {cutters}: set routing.group_size to a divisor of {part}"
+            + ("" if ranks else ", or leave it out with routing.capacity_factor=null")
         )
 
 

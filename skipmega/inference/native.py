@@ -143,6 +143,7 @@ def _on_grid(config: RunConfig, grid: ParallelGrid, precision: str) -> RunConfig
             "tensor_parallel": grid.tensor.size,
             "pipeline_parallel": grid.pipeline.size,
             "data_parallel": grid.data.size,
+            "zero_stage": 1,
             "sequence_parallel": False,
             "context_parallel": 1,
             "chunks_per_stage": 1,

@@ -6,6 +6,7 @@ cut once more, into equal contiguous parts over the tensor-parallel ranks, where
 Positions ascend along the rows of a rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,10 @@ class SequenceShards:
 
     def context_positions(self, length: int, device: torch.device) -> Tensor:
         """[length / context] int64: positions of the rows that :meth:`enter` leaves this rank with."""
-        chunks = torch.arange(length, device=device).chunk(2 * self.context.size)
+        whole = torch.arange(length, device=device)
         if self.context.size == 1:
-            return torch.cat(chunks)
+            return whole
+        chunks = whole.chunk(2 * self.context.size)
         return torch.cat([chunks[self.context.rank], chunks[-1 - self.context.rank]])
 
     def take(self, whole: Tensor, dim: int) -> Tensor:
@@ -137,7 +139,7 @@ class SequenceShards:
         centred: Tensor = _WithoutMeanGradient.apply(values, self.both)
         return centred
 
-    def _select(self, whole: Tensor, dim: int, positions: Any) -> Tensor:
+    def _select(self, whole: Tensor, dim: int, positions: Callable[[int, torch.device], Tensor]) -> Tensor:
         return whole.index_select(dim, positions(whole.shape[dim], whole.device))
 
     def _in_order(self, gathered: Tensor) -> Tensor:

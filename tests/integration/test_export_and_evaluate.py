@@ -25,7 +25,7 @@ from support.worlds import ROOT, run_world
 BENCHMARKS = ROOT.parent / "shared" / "eval_data"
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no benchmark files in {BENCHMARKS}")
 DIAL = {None: 0.5, 0.2: 0.2, 0.8: 0.8}  # densities asked for in evaluation, and what should come of them
-DIALLED = {"TP1": "quantile", "TP2": "gumbel"}  # whose checkpoints, and their routers
+DIALLED = {"TP1": "quantile", "zero3": "gumbel"}  # whose checkpoints, and their routers
 TOKENS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
 GRIDS_OF_2 = {"TP2": (2, 1), "PP2": (1, 2)}
 EVALUATED = "TP2"  # whose checkpoint every grid and the export evaluate
@@ -71,6 +71,7 @@ def tasks(home: Path) -> list[str]:
 def checkpoints(runs_of_1: Path, runs_of_2: Path) -> dict[str, Path]:
     """By the grid that wrote them."""
     runs = {"TP1": runs_of_1 / "adamw", "TP2": runs_of_2 / "TP2", "PP2": runs_of_2 / "PP2"}
+    runs["zero3"] = runs_of_2 / "zero3"
     return {grid: run / "checkpoints" / f"step-{STEPS:08d}" for grid, run in runs.items()}
 
 
@@ -155,7 +156,7 @@ def scores(result: EvaluationResult) -> dict[tuple[str, str], float]:
 
 
 def test_exports_of_every_grid_have_the_native_logits(alone: dict[str, Any]) -> None:
-    assert alone["differences"].keys() == {"TP1", "TP2", "PP2"}
+    assert alone["differences"].keys() == {"TP1", "TP2", "PP2", "zero3"}
     assert all(difference < 1e-4 for difference in alone["differences"].values())
 
 

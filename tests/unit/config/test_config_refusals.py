@@ -312,7 +312,12 @@ def test_a_sequence_is_cut_into_equal_parts(parallel: dict[str, Any], parts: int
     for length in (parts * 5 + 1, parts * 5 + parts // 2):
         with pytest.raises(ConfigError) as refused:
             on_cut_sequences(parallel, DROPLESS, length)
-        for part in (f"data.sequence_length={length}", f"divisible by {parts},", "use a multiple", *cutters):
+        for part in (
+            f"data.sequence_length={length}",
+            f"cut into {parts} parts",
+            f"multiple of {parts}",
+            *cutters,
+        ):
             assert part in str(refused.value)
 
 
@@ -339,9 +344,10 @@ def test_no_cut_goes_through_tokens_that_share_slots(
             on_cut_sequences(parallel, {**routing, "group_size": group}, length)
         told = str(refused.value)
         assert named in told
-        assert f"parts of {part}: set routing.group_size to a divisor of {part}" in told
+        assert f"parts of {part} by" in told
+        assert f"set routing.group_size to a divisor of {part}" in told
         may_be_dropless = "router" not in routing
-        assert ("or routing.capacity_factor=null" in told) == may_be_dropless, "top-k ranks within groups"
+        assert ("with routing.capacity_factor=null" in told) == may_be_dropless, "top-k ranks within groups"
 
 
 @pytest.mark.parametrize("parallel", [CONTEXT, SEQUENCE, {**SEQUENCE, "context_parallel": 2}])
@@ -353,11 +359,22 @@ def test_no_cut_goes_through_tokens_that_share_slots(
         {"router": "always"},
         {"router": "always", "keys_values": "executed"},
         {"router": "highway"},
+        {"router": "never"},
         {**DROPLESS, "gradient": "dense"},
     ],
 )
 def test_tokens_that_share_no_slots_need_no_groups(parallel: dict[str, Any], routing: dict[str, Any]) -> None:
     assert on_cut_sequences(parallel, routing).parallel.data_parallel == 1
+
+
+@pytest.mark.parametrize("parallel", [CONTEXT, SEQUENCE])
+@pytest.mark.parametrize(
+    "routing", [DROPLESS, {**DROPLESS, "eval_capacity_factor": 1.0}, {"router": "highway"}]
+)
+def test_no_cut_goes_through_a_group_that_is_given(parallel: dict[str, Any], routing: dict[str, Any]) -> None:
+    """Evaluation may deal slots in it, and it is reported on."""
+    with pytest.raises(ConfigError, match=r"routing\.group_size=64, which is cut"):
+        on_cut_sequences(parallel, {**routing, "group_size": 64})
 
 
 @pytest.mark.parametrize(
