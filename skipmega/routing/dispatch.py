@@ -69,7 +69,13 @@ def plan_balance(counts: Sequence[int]) -> BalancePlan:
 
 
 def gather_counts(rows: int, axis: Axis, device: torch.device) -> list[int]:
-    """How many rows each rank of the axis has; waits for the device once."""
+    """How many rows each rank of the axis has, by rank; waits for the device once.
+
+    Args:
+        rows: of this rank.
+        axis: whose ranks all call it together.
+        device: the one that the axis communicates on.
+    """
     counts = torch.zeros(axis.size, dtype=torch.int64, device=device)
     mine = torch.tensor([rows], dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(counts, mine, group=axis.group)
@@ -82,16 +88,22 @@ def run_balanced(
     """Run on the planned number of rows what works row by row; every rank of the axis calls it together.
 
     Args:
-        rows: [n, hidden] of this rank, n = ``plan.counts[axis.rank]``, 0 included.
-        run: maps [m, hidden] to [m, out], each row by itself.
+        rows: [n, hidden] of this rank, n = ``plan.counts[axis.rank]``, 0 included; any float dtype, the same
+            on every rank. Whether it needs a gradient may differ between ranks.
+        run: maps [m, hidden] to [m, out] of any float dtype, each row by itself, m = 0 included.
         axis: the ranks that share the work; ``run`` has the same weights on all of them.
         plan: from :func:`plan_balance` of all ranks' numbers.
         pad: give ``run`` the largest of the targets on every rank, the rest being zeros.
 
     Returns:
-        [n, out], in the order of ``rows``.
+        [n, out], in the order of ``rows``, of the dtype that ``run`` gives. If rows move and gradients are
+        enabled it needs one on every rank, and every rank must run backward through it.
     """
     mine, sent, received = axis.rank, plan.sent(axis.rank), plan.received(axis.rank)
+    assert len(rows) == plan.counts[mine]
+    if plan.moved and torch.is_grad_enabled() and not rows.requires_grad:
+        # or this rank's backward would leave out an exchange that the others wait in
+        rows = rows.detach().requires_grad_()
     stays = rows.shape[0] - sum(sent)
     home, leaving = rows[:stays], rows[stays:]
     if plan.moved:

@@ -32,6 +32,29 @@ def test_no_balance_moves_fewer_rows(counts: list[int]) -> None:
     assert plan_balance(counts).moved == fewest
 
 
+@given(COUNTS)
+def test_rows_that_move_are_surplus_and_leave_their_rank(counts: list[int]) -> None:
+    plan = plan_balance(counts)
+    assert plan.moved == sum(
+        max(0, count - target) for count, target in zip(counts, plan.targets, strict=True)
+    )
+    for rank, row in enumerate(plan.moves):
+        assert min(row) >= 0
+        assert row[rank] == 0
+
+
+@given(COUNTS)
+def test_no_rank_that_brings_more_runs_less(counts: list[int]) -> None:
+    targets = [target for _, target in sorted(zip(counts, plan_balance(counts).targets, strict=True))]
+    assert targets == sorted(targets)
+
+
+@given(COUNTS)
+def test_every_rank_makes_the_same_plan(counts: list[int]) -> None:
+    assert plan_balance(counts) == plan_balance(tuple(counts))
+    assert plan_balance(plan_balance(counts).targets).moved == 0, "a balance is left alone"
+
+
 @pytest.mark.parametrize(
     ("counts", "targets", "moves"),
     [
@@ -39,6 +62,8 @@ def test_no_balance_moves_fewer_rows(counts: list[int]) -> None:
         ([5, 0, 0, 0], [2, 1, 1, 1], [[0, 1, 1, 1], [0] * 4, [0] * 4, [0] * 4]),
         ([6, 6, 0, 0], [3, 3, 3, 3], [[0, 0, 3, 0], [0, 0, 0, 3], [0] * 4, [0] * 4]),
         ([2, 3], [2, 3], [[0, 0], [0, 0]]),
+        ([0, 0], [0, 0], [[0, 0], [0, 0]]),
+        ([9], [9], [[0]]),
     ],
 )
 def test_examples(counts: list[int], targets: list[int], moves: list[list[int]]) -> None:
