@@ -18,7 +18,7 @@ from skipmega.routing.dispatch import BalancePlan, gather_counts, plan_balance, 
 from support.worlds import run_world
 
 HIDDEN, INNER, OUT = 6, 16, 5
-COUNTS = {
+COUNTS: dict[int, list[tuple[int, ...]]] = {
     2: [(0, 7), (7, 0), (3, 3), (0, 0), (1, 0), (4, 3), (9, 4), (64, 2)],
     4: [(5, 0, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0), (4, 4, 4, 4), (0, 0, 0, 0), (6, 6, 0, 0), (1, 64, 5, 9),
         (3, 2, 3, 2), (0, 11, 2, 17), (8, 1, 8, 2)],
