@@ -1,11 +1,9 @@
 """The spine: the same model, data and seed give the same result on every grid."""
 
-from itertools import groupby
-
 import pytest
 import torch
 
-from support.parity import check_equal, check_gradients, check_near, names_of, parallel_of
+from support.parity import check_equal, check_gradients, check_near, names_of, on_each_grid
 from support.steps import plain_step, tiny_config, tiny_grid, train_tiny
 from support.worlds import run_world
 
@@ -97,19 +95,17 @@ CP4-DP2 adafactor, PP4-V2-DP2 deep, TP2-SP-PP2-V2-DP2 deep, TP2-SP-CP2-PP2 bf16
 """
 
 
+def train(grid, parallel, variant):
+    return train_tiny(grid, parallel, STEPS, VARIANTS[variant])
+
+
 def train_all(grids):
-    results = {}
-    for cut, names in groupby(sorted(names_of(grids)), key=lambda name: name.split()[0]):
-        parallel = parallel_of(cut)
-        with tiny_grid(parallel) as grid:
-            for name in names:
-                results[name] = train_tiny(grid, parallel, STEPS, VARIANTS[name.split()[1]])
-    return results
+    return on_each_grid(grids, train)
 
 
 def train_alone(variants):
     with tiny_grid({}) as grid:
-        return {variant: train_tiny(grid, {}, STEPS, VARIANTS[variant]) for variant in variants}
+        return {variant: train(grid, {}, variant) for variant in variants}
 
 
 def check(name, one_process, processes):

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from support.parity import check_equal, names_of, parallel_of
+from support.parity import check_equal, names_of, on_each_grid
 from support.steps import tiny_grid, train_tiny
 from support.worlds import run_world
 
@@ -64,13 +63,7 @@ def reference_of(name):
 
 
 def train_all(grids):
-    results = {}
-    for cut, names in groupby(sorted(names_of(grids)), key=lambda name: name.split()[0]):
-        parallel = parallel_of(cut)
-        with tiny_grid(parallel) as grid:
-            for name in names:
-                results[name] = train(grid, parallel, name.split()[1])
-    return results
+    return on_each_grid(grids, train)
 
 
 def train_alone():

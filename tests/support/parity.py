@@ -1,7 +1,11 @@
 """Names of grids, and whether what :func:`support.steps.train_tiny` did on one is what it did on another."""
 
+from itertools import groupby
+
 import pytest
 import torch
+
+from support.steps import tiny_grid
 
 
 def names_of(grids):
@@ -21,6 +25,17 @@ def parallel_of(name):
         }[letters]  # fmt: skip
         found[field] = int(number) if number else True
     return found
+
+
+def on_each_grid(grids, train):
+    """What ``train(grid, parallel section, variant)`` returns for every name; a grid is made once."""
+    results = {}
+    for cut, names in groupby(sorted(names_of(grids)), key=lambda name: name.split()[0]):
+        parallel = parallel_of(cut)
+        with tiny_grid(parallel) as grid:
+            for name in names:
+                results[name] = train(grid, parallel, name.split()[1])
+    return results
 
 
 def check_gradients(found, expected, tolerance):
