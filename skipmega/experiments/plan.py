@@ -42,15 +42,28 @@ class LadderPlan(Section):
 
     def overrides(self, row: str) -> list[str]:
         """All overrides of a row, those of the rows it builds on first."""
-        found = []
-        for entry in self.rows[row]:
-            if "=" in entry:
-                found.append(entry)
-            elif entry in self.rows and list(self.rows).index(entry) < list(self.rows).index(row):
-                found += self.overrides(entry)
-            else:
-                raise ValueError(f"row {row}: {entry!r} is no section.field=value and no row before this one")
-        return found
+        return expand_overrides(self.rows, row)
+
+
+def expand_overrides(rows: dict[str, list[str]], row: str) -> list[str]:
+    """The overrides of ``row``, those of the rows it builds on first.
+
+    Args:
+        rows: lists of ``section.field=value``, or names of rows that come before.
+        row: one of them.
+
+    Raises:
+        ValueError: an entry is neither.
+    """
+    found = []
+    for entry in rows[row]:
+        if "=" in entry:
+            found.append(entry)
+        elif entry in rows and list(rows).index(entry) < list(rows).index(row):
+            found += expand_overrides(rows, entry)
+        else:
+            raise ValueError(f"row {row}: {entry!r} is no section.field=value and no row before this one")
+    return found
 
 
 @dataclass(frozen=True)

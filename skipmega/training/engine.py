@@ -109,6 +109,10 @@ class TrainingEngine:
         """Free what ZeRO 3 has gathered of the parameters; their next use gathers anew."""
         self._deepspeed.empty_partition_cache()
 
+    def close(self) -> None:
+        """Free the device: DeepSpeed's hooks keep an engine's tensors for as long as the process lives."""
+        self._deepspeed.destroy()
+
     def _run(
         self,
         step: ForwardStep,

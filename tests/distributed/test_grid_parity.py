@@ -3,60 +3,11 @@
 import pytest
 import torch
 
-from support.parity import check_equal, check_gradients, check_near, names_of, on_each_grid
-from support.steps import plain_step, tiny_config, tiny_grid, train_tiny
+from support.parity import check_gradients, names_of
+from support.steps import plain_step, tiny_config
+from support.variants import STEPS, VARIANTS, check, train_all, train_alone
 from support.worlds import run_world
 
-STEPS = 3
-ADAFACTOR = {"name": "adafactor", "gradient_clip": 0.0}
-RANK_BY_RANK = {"micro_batch_size": 2}  # what ranks or remembers tokens of one rank's micro-batch
-VARIANTS = {
-    "adamw": {},
-    "untied-swiglu-dropless": {
-        "model": {"tie_embeddings": False, "activation": "swiglu", "num_layers": 5},  # stages of 3 and 2
-        "routing": {"capacity_factor": None},
-    },
-    "adafactor": {"optimizer": ADAFACTOR},
-    "router-rate": {"optimizer": ADAFACTOR, "routing": {"router_learning_rate": 2.0}},
-    "quantile": {"routing": {"router": "quantile"}, "training": RANK_BY_RANK},
-    "quantile-running": {
-        "routing": {"router": "quantile", "quantile_from": "running", "eval_density": 0.3},
-        "training": RANK_BY_RANK,
-    },
-    "mixture-of-depths": {
-        "routing": {
-            "router": "topk", "stand_in": "predictor", "stand_in_weight": 0.5, "z_loss_weight": 0.1,
-            "keys_values": "executed", "group_size": None, "density": 0.4, "eval_density": 0.3,
-        },
-        "training": RANK_BY_RANK,
-    },
-    "coefficient": {"routing": {"density_control": "coefficient", "coefficient_rate": 2.0}},
-    "bias-mlp": {
-        "routing": {"router": "sigmoid", "density_control": "bias", "bias_rate": 1.0, "wrap": "mlp"},
-        "training": RANK_BY_RANK,
-    },
-    "random-attention": {"routing": {"router": "random", "wrap": "attention", "density": 0.3}},
-    "ranked": {
-        "routing": {
-            "router": "topk", "update_weight": "straight_through", "z_loss_weight": 0.1,
-            "eval_density": 0.4, "eval_capacity_factor": 1.0,
-        },
-        "training": RANK_BY_RANK,
-    },
-    "dense-gradient": {"routing": {"gradient": "dense", "router": "sigmoid"}},
-    # twice as many micro-batches as stages: with fewer, all are in flight at once
-    "deep": {
-        "model": {"num_layers": 8},
-        "routing": {"density_control": "coefficient"},
-        "training": {"micro_batch_size": 1, "eval_sequences": 8},
-    },
-    # a coin decides, not a rounding
-    "bf16": {"routing": {"router": "random"}, "training": {"precision": "bf16"}},
-    "many-heads": {"model": {"num_attention_heads": 4, "num_key_value_heads": 4}},
-    "recompute": {"training": {"recompute": "full"}},
-    "recompute-attention": {"training": {"recompute": "attention"}},
-    "warmup": {"routing": {"router": "quantile", "density_warmup_steps": 2}, "training": RANK_BY_RANK},
-}  # fmt: skip
 LAST_STEPS = ("coefficient", "quantile", "adamw")  # no threshold moves
 # What they cut, then the variant: see support.parity.names_of
 GRIDS_OF_2 = """
@@ -93,25 +44,6 @@ TP2-SP-CP2-PP2 adamw, TP2-PP2-DP2-Z2 adamw, TP2-SP-PP2-DP2 adamw, CP2-PP2-DP2 ad
 TP4-SP-CP2 many-heads, TP4-SP-PP2 many-heads, TP2-SP-CP2-PP2 untied-swiglu-dropless, TP2-SP-CP2-DP2 quantile,
 CP4-DP2 adafactor, PP4-V2-DP2 deep, TP2-SP-PP2-V2-DP2 deep, TP2-SP-CP2-PP2 bf16
 """
-
-
-def train(grid, parallel, variant):
-    return train_tiny(grid, parallel, STEPS, VARIANTS[variant])
-
-
-def train_all(grids):
-    return on_each_grid(grids, train)
-
-
-def train_alone(variants):
-    with tiny_grid({}) as grid:
-        return {variant: train(grid, {}, variant) for variant in variants}
-
-
-def check(name, one_process, processes):
-    variant = name.split()[1]
-    for results in processes:
-        (check_near if variant == "bf16" else check_equal)(results[name], one_process[variant])
 
 
 def integrated_errors(seen, config):

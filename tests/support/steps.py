@@ -147,6 +147,7 @@ def train_tiny(
     held_out = engine.evaluate(tiny_batches(config, grid, first_sample=1000), config.micro_batches, steps)
     weights.append(gather_logical(engine, grid, safe_get_full_fp32_param))
     state = gather_state(engine, grid)
+    engine.close()
     assert len(FWD_MODULE_STACK) == running, "ZeRO 3 takes modules that have run for running"
     same_micro_batches = replicas == 1 or size is not None
     return {
