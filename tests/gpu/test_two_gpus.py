@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from support.parity import names_of
+from support.parity import check_gradients, names_of, on_each_grid
+from support.steps import tiny_grid, train_tiny
 from support.variants import check, train_all, train_alone
 from support.worlds import run_world
 
@@ -21,6 +22,10 @@ TP2 mixture-of-depths, DP2 mixture-of-depths, DP2 coefficient, TP2-SP bias-mlp, 
 TP2-SP dense-gradient, TP2-SP recompute, DP2-Z3 recompute, CP2 adafactor,
 TP2 bf16, TP2-SP bf16, PP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16, DP2-Z3 bf16, CP2 bf16
 """
+COMPILED = "TP2 dense, TP2-SP dense, TP2-SP routed, CP2 dense, CP2 routed, PP2-V2 routed, DP2 routed"
+WIDE = {"model": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "data": {"sequence_length": 256}, "training": {"compile": True}}  # fmt: skip
+ROUTERS = {"dense": {"router": "always"}, "routed": {"router": "gumbel", "group_size": 64}}
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +42,37 @@ def two_gpus():
 @pytest.mark.parametrize("name", names_of(GRIDS))
 def test_two_gpus_equal_one(name, one_gpu, two_gpus):
     check(name, one_gpu, two_gpus)
+
+
+def train_compiled(grid, parallel, router):
+    return train_tiny(grid, parallel, 2, {**WIDE, "routing": ROUTERS[router]})
+
+
+def train_compiled_alone():
+    with tiny_grid({}) as grid:
+        return {router: train_compiled(grid, {}, router) for router in ROUTERS}
+
+
+def train_all_compiled():
+    return on_each_grid(COMPILED, train_compiled)
+
+
+@pytest.fixture(scope="module")
+def compiled_on_one():
+    (results,) = run_world(train_compiled_alone, 1, limit=280)
+    return results
+
+
+@pytest.fixture(scope="module")
+def compiled_on_two():
+    return run_world(train_all_compiled, 2, limit=280)
+
+
+@pytest.mark.parametrize("name", names_of(COMPILED))
+def test_so_do_compiled_ones(name, compiled_on_one, compiled_on_two):
+    expected = compiled_on_one[name.split()[1]]
+    for results in compiled_on_two:
+        found = results[name]
+        torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-4, atol=0)
+        check_gradients(found["gradients"], expected["gradients"], 2e-4)

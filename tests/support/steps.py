@@ -210,13 +210,13 @@ def gather_logical(engine: TrainingEngine, grid: ParallelGrid, read: Any) -> dic
     """Full tensors by logical name from every tensor rank and stage, on every rank."""
     local = {}
     for name, parameter in engine.stage.named_parameters():
-        whole = read(parameter).detach().float().cpu()
+        whole = read(parameter).detach().float()
         dim = partition_dim(parameter)
         if dim is not None and grid.tensor.size > 1:
             parts = [torch.empty_like(whole) for _ in range(grid.tensor.size)]
             dist.all_gather(parts, whole.contiguous(), group=grid.tensor.group)
             whole = torch.cat(parts, dim)
-        local[name] = whole
+        local[name] = whole.cpu()
     return _of_all_stages(local, grid)
 
 
