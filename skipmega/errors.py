@@ -24,6 +24,16 @@ class CheckpointError(SkipmegaError):
     """A checkpoint that is missing, damaged, or belongs to another run or architecture."""
 
 
+class CheckpointDamagedError(CheckpointError):
+    """A checkpoint that is not what was written."""
+
+
+class StorageFaultError(CheckpointError):
+    """Storage that does not take a checkpoint: full, read-only, or failing; what was saved is untouched."""
+
+    exit_code = exit_codes.STOPPED_BY_FAULT
+
+
 class TrainingError(SkipmegaError):
     """A run that cannot sensibly go on, e.g. because it failed before its first record."""
 

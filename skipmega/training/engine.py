@@ -96,12 +96,25 @@ class TrainingEngine:
         return {name: tensor for state in self.routing for name, tensor in state.tensors().items()}
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[TokenBatch], micro_batches: int, step: int) -> Averages:
+    def evaluate(
+        self,
+        batches: Iterator[TokenBatch],
+        micro_batches: int,
+        step: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> Averages:
         """Held-out loss and densities as after ``step`` steps: no router looks ahead, at
-        ``routing.eval_capacity_factor`` and ``routing.eval_density``."""
+        ``routing.eval_capacity_factor`` and ``routing.eval_density``.
+
+        ``between`` is called after every so many micro-batches as a step has; what it raises ends it.
+        """
         sums = StepSums.zeros(self.config, self.grid)
+        forward = self._evaluation_step(step, sums)
         self.stage.eval()
-        self._run(self._evaluation_step(step, sums), batches, micro_batches, sums, backward=False)
+        for first in range(0, micro_batches, self.config.micro_batches):
+            number = min(self.config.micro_batches, micro_batches - first)
+            self._run(forward, batches, number, sums, backward=False)
+            between()
         self.stage.train()
         return average(sums, self.config, self.grid)
 

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
-from skipmega.errors import TrainingError
+from skipmega.errors import RunFencedError, RunStopped, TrainingError
+from skipmega.parallel.agreement import Agreement
 from skipmega.routing.state import warmed_up
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.metrics import (
@@ -22,21 +23,43 @@ from skipmega.training.metrics import (
 )
 from skipmega.training.schedule import learning_rate
 from skipmega.training.sinks import Sink
+from skipmega.training.stopping import Request, StopRequests
 from skipmega.training.sums import StepSums, average
 
 Batches = Iterator[TokenBatch]
 
 
+class Saver(Protocol):
+    """Writes checkpoints beside training."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed on this process."""
+
+    def begin(self, progress: "Progress") -> None:
+        """Wait for the save before, then copy the present state and start to write it; collective."""
+
+    def wait(self) -> None:
+        """Wait until the last save is complete, raise what it raised; collective."""
+
+
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, and samples of the data order consumed by them."""
+    """How far a run is: optimizer steps done, samples of the data order consumed by them, and whether the
+    evaluation that is due after the last of them is still to be done."""
 
     step: int = 0
     consumed_samples: int = 0
+    owes_evaluation: bool = False
+
+
+class _GiveWay(Exception):  # noqa: N818 (nothing went wrong)
+    """Somebody asked to stop during an evaluation."""
 
 
 class TrainingLoop:
-    """Steps, records, held-out evaluations and saves, in that order, until the end or ``stop_after``.
+    """Steps, records, held-out evaluations and saves, in that order, until the end, until ``stop_after`` or
+    until somebody asks to stop.
 
     Args:
         config: the resolved configuration.
@@ -45,7 +68,9 @@ class TrainingLoop:
         held_out: makes the held-out micro-batches from their beginning; None when there are none.
         progress: where to start; advanced in place.
         sinks: where records go; empty on all processes but the first.
-        save: writes a checkpoint of the present state.
+        saver: writes checkpoints of the present state.
+        stops: what this process was asked.
+        check_owned: raises on the first process when the run has been taken over.
     """
 
     def __init__(
@@ -56,7 +81,9 @@ class TrainingLoop:
         held_out: Callable[[], Batches] | None,
         progress: Progress,
         sinks: list[Sink],
-        save: Callable[[Progress], object],
+        saver: Saver,
+        stops: StopRequests,
+        check_owned: Callable[[], None],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -64,15 +91,28 @@ class TrainingLoop:
         self.held_out = held_out
         self.progress = progress
         self.sinks = sinks
-        self.save = save
+        self.saver = saver
+        self.stops = stops
+        self.check_owned = check_owned
         self.end = config.training.stop_after or config.training.steps
+        self.agreement = Agreement()
+        self._saved_step: int | None = None
         self._timer = StepTimer()
         self._alarms = RoutingAlarms(config)
         self._held_out_alarms = HeldOutAlarms(config)
         self._forget()
 
     def run(self) -> None:
-        """Train to the end; the last step is always recorded, evaluated and saved."""
+        """Train to the end; the last step is always recorded, evaluated and saved.
+
+        Raises:
+            RunStopped: somebody asked to stop; the state is saved.
+            RunFencedError: the run has been taken over.
+            StorageFaultError: a checkpoint could not be written.
+        """
+        self.stops.training_begins()
+        if self.progress.owes_evaluation:
+            self.evaluate()
         while self.progress.step < self.end:
             norm = self.train_step()
             if self._due(self.config.logging.interval):
@@ -80,7 +120,9 @@ class TrainingLoop:
             if self._due(self.config.training.eval_interval):
                 self.evaluate()
             if self._due(self.config.checkpoint.interval):
-                self._aside(lambda: self.save(self.progress))
+                self._save()
+            self._heed()
+        self.saver.wait()
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns its gradient norm, still on the device."""
@@ -129,7 +171,7 @@ class TrainingLoop:
         self._forget()
 
     def evaluate(self) -> None:
-        """Held-out loss and densities over ``training.eval_sequences`` sequences."""
+        """Held-out loss and densities over ``training.eval_sequences`` sequences; owed if it is cut short."""
         if self.held_out is None:
             return
         training, grid = self.config.training, self.engine.grid
@@ -137,12 +179,51 @@ class TrainingLoop:
         held_out = self.held_out()
 
         def measure() -> None:
-            seen = self.engine.evaluate(held_out, micro_batches, self.progress.step)
+            self.progress.owes_evaluation = True
+            try:
+                seen = self.engine.evaluate(held_out, micro_batches, self.progress.step, self._give_way)
+            except _GiveWay:
+                return
+            self.progress.owes_evaluation = False
             routing = routing_numbers(self.config, seen)
             self._write({"kind": "eval", "step": self.progress.step, "loss": seen.loss, **routing})
             self._alarm(self._held_out_alarms.check(seen))
 
         self._aside(measure)
+
+    def _save(self) -> None:
+        self._aside(lambda: self.saver.begin(self.progress))
+        self._saved_step = self.progress.step
+
+    def _heed(self) -> None:
+        """Leave if any process has a reason to: the run taken over, a failed save, somebody who asks."""
+        fenced: RunFencedError | None = None
+        try:
+            self.check_owned()
+        except RunFencedError as error:
+            fenced = error
+        is_fenced, has_failed, asked = self.agreement.greatest(
+            fenced is not None, self.saver.failed, self.stops.now()
+        )
+        if is_fenced:
+            raise fenced or RunFencedError("a newer attempt has taken over, as the first process says")
+        if has_failed:
+            self.saver.wait()
+        if asked and self.progress.step < self.end:
+            if self._saved_step != self.progress.step:
+                self._save()
+            self.saver.wait()
+            self.stops.heeded()
+            raise RunStopped(
+                f"{Request(asked).describe()} at step {self.progress.step} of {self.end}; it is saved, start "
+                "again to continue"
+            )
+
+    def _give_way(self) -> None:
+        """End an evaluation, on every process at once, if one of them was asked to stop."""
+        (asked,) = self.agreement.greatest(self.stops.now())
+        if asked:
+            raise _GiveWay
 
     def _due(self, interval: int) -> bool:
         step = self.progress.step
