@@ -182,9 +182,12 @@ class TrainingConfig(Section):
     ``stop_after`` ends the process cleanly after that step (a checkpoint is saved) although the run is
     longer: its schedule and data order are those of the whole run, and resuming continues it.
     ``max_duration``, in minutes since training was started, does so with the exit status that asks to be
-    started again. ``recompute`` runs a part of each layer again in backward in place of keeping what it
-    needs: ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer
-    in ``full``; decisions and gradients are the same. ``gradient_precision`` is that in which gradients of a
+    started again. A run that makes no progress for ``hang_minutes`` (three times that in the first step,
+    which may be compiled) is ended, and the rank that holds it up is named.
+
+    ``recompute`` runs a part of each layer again in backward in place of keeping what it needs:
+    ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer in
+    ``full``; decisions and gradients are the same. ``gradient_precision`` is that in which gradients of a
     bf16 run are summed over micro-batches and over data ranks: in bf16 what is small beside its sum is lost.
     Between the two sums and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
     """
@@ -192,6 +195,7 @@ class TrainingConfig(Section):
     steps: int = Field(1000, ge=1)
     stop_after: int | None = Field(None, ge=1)
     max_duration: float | None = Field(None, gt=0)
+    hang_minutes: float = Field(15.0, gt=0)
     micro_batch_size: int = Field(4, ge=1)
     global_batch_size: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"

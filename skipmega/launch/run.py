@@ -30,6 +30,7 @@ from skipmega.training.optimizers import updates_done
 from skipmega.training.sinks import Sink, open_sinks
 from skipmega.training.state import HostBuffers, collect_state, restore_state
 from skipmega.training.stopping import StopRequests
+from skipmega.training.watchdog import Watchdog
 
 
 def pretrain(config: RunConfig, process: ProcessInfo) -> None:
@@ -63,22 +64,26 @@ def _pretrain(
     progress, origin = resume(engine, grid, folder)
     sinks = _start_records(engine, folder, progress, attempt, origin) if grid.rank == 0 else []
     held_out = data.valid
-    loop = TrainingLoop(
-        config,
-        engine,
-        train_batches=_train_batches(config, grid, data.train, tokenizer, progress.consumed_samples),
-        held_out=None if held_out is None else lambda: _held_out_batches(config, grid, held_out, tokenizer),
-        progress=progress,
-        sinks=sinks,
-        saver=RunSaver(engine, folder, attempt),
-        stops=stops,
-        check_owned=lambda: folder.check_owned(attempt) if grid.rank == 0 else None,
-    )
-    try:
+    with Watchdog(
+        folder.heartbeats(attempt), grid.rank, grid.world_size, 60 * config.training.hang_minutes
+    ) as watchdog:
+        loop = TrainingLoop(
+            config,
+            engine,
+            train_batches=_train_batches(config, grid, data.train, tokenizer, progress.consumed_samples),
+            held_out=None
+            if held_out is None
+            else lambda: _held_out_batches(config, grid, held_out, tokenizer),
+            progress=progress,
+            sinks=sinks,
+            saver=RunSaver(engine, folder, attempt),
+            stops=stops,
+            check_owned=lambda: folder.check_owned(attempt) if grid.rank == 0 else None,
+            beat=watchdog.beat,
+        )
         loop.run()
-    finally:
-        for sink in sinks:
-            sink.close()
+    for sink in sinks:
+        sink.close()
     end_communication()
 
 

@@ -103,6 +103,10 @@ class RunFolder:
             raise self._unwritable(error) from None
         return attempt
 
+    def heartbeats(self, attempt: int) -> Path:
+        """Folder where the processes of an attempt say how far they are."""
+        return self.path / "heartbeats" / str(attempt)
+
     def check_owned(self, attempt: int) -> None:
         """Does nothing as long as ``attempt`` is the newest.
 

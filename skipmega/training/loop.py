@@ -71,6 +71,7 @@ class TrainingLoop:
         saver: writes checkpoints of the present state.
         stops: what this process was asked.
         check_owned: raises on the first process when the run has been taken over.
+        beat: is told the step (0-based) and what it enters, for whoever watches.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class TrainingLoop:
         saver: Saver,
         stops: StopRequests,
         check_owned: Callable[[], None],
+        beat: Callable[[int, str], None],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -94,6 +96,7 @@ class TrainingLoop:
         self.saver = saver
         self.stops = stops
         self.check_owned = check_owned
+        self.beat = beat
         self.end = config.training.stop_after or config.training.steps
         self.agreement = Agreement()
         self._saved_step: int | None = None
@@ -122,12 +125,16 @@ class TrainingLoop:
             if self._due(self.config.checkpoint.interval):
                 self._save()
             self._heed()
+        self.beat(self.progress.step, "waiting for the last save")
         self.saver.wait()
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns its gradient norm, still on the device."""
         rate = learning_rate(self.config, self.progress.step)
-        norm = self.engine.train_step(self.train_batches, self.progress.step, rate, self._sums)
+        step = self.progress.step
+        self.engine.accumulate_gradients(self._reported(self.train_batches, "micro-batch"), step, self._sums)
+        self.beat(step, "update")
+        norm = self.engine.apply_gradients(step, rate)
         self._steps += 1
         self.progress.step += 1
         self.progress.consumed_samples += self.config.training.global_batch_size
@@ -176,7 +183,7 @@ class TrainingLoop:
             return
         training, grid = self.config.training, self.engine.grid
         micro_batches = training.eval_sequences // (training.micro_batch_size * grid.data.size)
-        held_out = self.held_out()
+        held_out = self._reported(self.held_out(), "evaluation, micro-batch")
 
         def measure() -> None:
             self.progress.owes_evaluation = True
@@ -191,12 +198,20 @@ class TrainingLoop:
 
         self._aside(measure)
 
+    def _reported(self, batches: Batches, phase: str) -> Batches:
+        """The same batches; taking one is a beat."""
+        for number, batch in enumerate(batches):
+            self.beat(self.progress.step, f"{phase} {number}")
+            yield batch
+
     def _save(self) -> None:
+        self.beat(self.progress.step, "saving")
         self._aside(lambda: self.saver.begin(self.progress))
         self._saved_step = self.progress.step
 
     def _heed(self) -> None:
         """Leave if any process has a reason to: the run taken over, a failed save, somebody who asks."""
+        self.beat(self.progress.step, "end of step")
         fenced: RunFencedError | None = None
         try:
             self.check_owned()
