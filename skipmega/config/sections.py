@@ -183,7 +183,8 @@ class TrainingConfig(Section):
     longer: its schedule and data order are those of the whole run, and resuming continues it.
     ``max_duration``, in minutes since training was started, does so with the exit status that asks to be
     started again. A run that makes no progress for ``hang_minutes`` (three times that in the first step,
-    which may be compiled) is ended, and the rank that holds it up is named.
+    which may be compiled) is ended, and the rank that holds it up is named. A step whose gradients are not
+    finite updates nothing; ``max_discarded`` of them in a row bring back the last checkpoint's state.
 
     ``recompute`` runs a part of each layer again in backward in place of keeping what it needs:
     ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer in
@@ -196,6 +197,7 @@ class TrainingConfig(Section):
     stop_after: int | None = Field(None, ge=1)
     max_duration: float | None = Field(None, gt=0)
     hang_minutes: float = Field(15.0, gt=0)
+    max_discarded: int = Field(3, ge=1)
     micro_batch_size: int = Field(4, ge=1)
     global_batch_size: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"

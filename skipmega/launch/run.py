@@ -1,9 +1,9 @@
 """One pre-training run from configuration to last checkpoint: the composition of all rooms."""
 
+import dataclasses
 import platform
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import deepspeed
@@ -79,6 +79,7 @@ def _pretrain(
             saver=RunSaver(engine, folder, attempt),
             stops=stops,
             check_owned=lambda: folder.check_owned(attempt) if grid.rank == 0 else None,
+            go_back=lambda: resume(engine, grid, folder)[1],
             beat=watchdog.beat,
         )
         loop.run()
@@ -165,7 +166,8 @@ def _restore(engine: TrainingEngine, grid: ParallelGrid, checkpoint: Checkpoint)
     checkpoint.read_into(tensors, grid)
     state = checkpoint.state
     restore_state(engine, state["optimizer_updates"], tensors)
-    return Progress(state["step"], state["consumed_samples"], state.get("owes_evaluation", False))
+    fields = [field.name for field in dataclasses.fields(Progress)]
+    return Progress(**{name: state[name] for name in fields if name in state})
 
 
 class RunSaver:
@@ -192,7 +194,7 @@ class RunSaver:
     def begin(self, progress: Progress) -> None:
         """As :meth:`CheckpointSaver.begin`."""
         state = {
-            **asdict(progress),
+            **dataclasses.asdict(progress),
             "attempt": self._attempt,
             "optimizer_updates": updates_done(self._engine.optimizer),
             "versions": versions(),

@@ -83,13 +83,25 @@ class TrainingEngine:
             sums.keep_router_gradients(self.stage.router_weights())
 
     def apply_gradients(self, step: int, learning_rate: float) -> Tensor:
-        """Clip, update, move the controllers; returns the global norm before clipping, [] float32."""
+        """Clip, update, move the controllers; returns the global norm before clipping, [] float32.
+
+        Gradients that are not finite on any rank are discarded on all of them, and nothing moves
+        (:attr:`discarded_update`).
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
         self._deepspeed.step()
         for controller in self._controllers:
-            controller.end_step(step)
+            if self.discarded_update:
+                controller.forget_step()
+            else:
+                controller.end_step(step)
         return torch.as_tensor(self._deepspeed.get_global_grad_norm())
+
+    @property
+    def discarded_update(self) -> bool:
+        """Whether the last step's gradients were not finite, which DeepSpeed's ranks agree on."""
+        return bool(self.optimizer.overflow)
 
     def routing_tensors(self) -> dict[str, Tensor]:
         """What routing remembers, the live tensors by logical name (``layers.3.threshold``)."""

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
-from skipmega.errors import RunFencedError, RunStopped, TrainingError
+from skipmega.errors import RunFaultError, RunFencedError, RunStopped
 from skipmega.parallel.agreement import Agreement
 from skipmega.routing.state import warmed_up
 from skipmega.training.engine import TrainingEngine
@@ -45,12 +46,13 @@ class Saver(Protocol):
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, samples of the data order consumed by them, and whether the
-    evaluation that is due after the last of them is still to be done."""
+    """How far a run is: optimizer steps done, samples of the data order consumed by them, whether the
+    evaluation that is due after the last of them is still to be done, and how many updates were discarded."""
 
     step: int = 0
     consumed_samples: int = 0
     owes_evaluation: bool = False
+    discarded_updates: int = 0
 
 
 class _GiveWay(Exception):  # noqa: N818 (nothing went wrong)
@@ -71,6 +73,7 @@ class TrainingLoop:
         saver: writes checkpoints of the present state.
         stops: what this process was asked.
         check_owned: raises on the first process when the run has been taken over.
+        go_back: puts the state of the last good checkpoint back, if there is one, and returns its path.
         beat: is told the step (0-based) and what it enters, for whoever watches.
     """
 
@@ -85,6 +88,7 @@ class TrainingLoop:
         saver: Saver,
         stops: StopRequests,
         check_owned: Callable[[], None],
+        go_back: Callable[[], Path | None],
         beat: Callable[[int, str], None],
     ) -> None:
         self.config = config
@@ -96,10 +100,13 @@ class TrainingLoop:
         self.saver = saver
         self.stops = stops
         self.check_owned = check_owned
+        self.go_back = go_back
         self.beat = beat
         self.end = config.training.stop_after or config.training.steps
         self.agreement = Agreement()
-        self._saved_step: int | None = None
+        self._began, self._saved_step = progress.step, 0
+        self._discarded_in_a_row = 0
+        self._went_back_to: Path | None = None
         self._timer = StepTimer()
         self._alarms = RoutingAlarms(config)
         self._held_out_alarms = HeldOutAlarms(config)
@@ -112,13 +119,18 @@ class TrainingLoop:
             RunStopped: somebody asked to stop; the state is saved.
             RunFencedError: the run has been taken over.
             StorageFaultError: a checkpoint could not be written.
+            RunFaultError: the numbers stay out of range.
         """
         self.stops.training_begins()
         if self.progress.owes_evaluation:
             self.evaluate()
         while self.progress.step < self.end:
             norm = self.train_step()
-            if self._due(self.config.logging.interval):
+            if self.engine.discarded_update:
+                self._answer_discarded_update()
+            else:
+                self._discarded_in_a_row = 0
+            if self._due(self.config.logging.interval) and self._steps:
                 self.record(norm)
             if self._due(self.config.training.eval_interval):
                 self.evaluate()
@@ -144,13 +156,13 @@ class TrainingLoop:
         """Reduce what was seen since the last record and write it.
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite; nothing after the last checkpoint
-                is kept.
+            RunFaultError: the loss is not finite although the gradients are; nothing after the last
+                checkpoint is kept.
         """
         seen = average(self._sums, self.config, self.engine.grid)
         grad_norm = float(norm)
         if not math.isfinite(seen.loss) or not math.isfinite(grad_norm):
-            raise TrainingError(
+            raise RunFaultError(
                 f"step {self.progress.step}: loss {seen.loss}, gradient norm {grad_norm}: the run diverged; "
                 "lower optimizer.learning_rate or raise schedule.warmup_steps, and resume from the last "
                 "checkpoint"
@@ -164,6 +176,7 @@ class TrainingLoop:
                 "steps": self.config.training.steps,
                 "tokens": self.progress.consumed_samples * self.config.data.sequence_length,
                 "loss": seen.loss,
+                "discarded_updates": self.progress.discarded_updates,
                 "learning_rate": learning_rate(self.config, self.progress.step - 1),
                 "grad_norm": grad_norm,
                 **speed,
@@ -176,6 +189,34 @@ class TrainingLoop:
         )
         self._alarm(self._alarms.check(seen, warmed_up(self.config, self.progress.step - 1)))
         self._forget()
+
+    def _answer_discarded_update(self) -> None:
+        """Go on with the next data; after several in a row, from the state of the last good checkpoint.
+
+        The samples of the step count as consumed: no later step reads them. While the state may be at fault
+        it is not saved over a good one.
+
+        Raises:
+            RunFaultError: there is no good checkpoint, or going back to it did not help.
+        """
+        self._forget()
+        self._timer.read()
+        self._discarded_in_a_row += 1
+        self.progress.discarded_updates += 1
+        limit, step = self.config.training.max_discarded, self.progress.step
+        self._alarm([f"the gradients of step {step} are not finite: its update is discarded"])
+        if self._discarded_in_a_row < limit:
+            return
+        self.saver.wait()
+        checkpoint = self.go_back()
+        failed = f"the gradients of {limit} steps in a row, the last of them step {step}, are not finite"
+        mend = "lower optimizer.learning_rate or raise schedule.warmup_steps, and look at data and devices"
+        if checkpoint is None:
+            raise RunFaultError(f"{failed}, and there is no checkpoint to go back to: {mend}")
+        if checkpoint == self._went_back_to:
+            raise RunFaultError(f"{failed}, also after going back to {checkpoint}: {mend}")
+        self._alarm([f"{failed}: going on from the state of {checkpoint} with the data that follow"])
+        self._went_back_to, self._discarded_in_a_row = checkpoint, 0
 
     def evaluate(self) -> None:
         """Held-out loss and densities over ``training.eval_sequences`` sequences; owed if it is cut short."""
@@ -205,9 +246,13 @@ class TrainingLoop:
             yield batch
 
     def _save(self) -> None:
-        self.beat(self.progress.step, "saving")
+        """Begin to save, once a step; no state that may be at fault over a good one, unless the run ends."""
+        step = self.progress.step
+        if step == self._saved_step or (self.engine.discarded_update and step < self.end):
+            return
+        self.beat(step, "saving")
         self._aside(lambda: self.saver.begin(self.progress))
-        self._saved_step = self.progress.step
+        self._saved_step = step
 
     def _heed(self) -> None:
         """Leave if any process has a reason to: the run taken over, a failed save, somebody who asks."""
@@ -225,13 +270,12 @@ class TrainingLoop:
         if has_failed:
             self.saver.wait()
         if asked and self.progress.step < self.end:
-            if self._saved_step != self.progress.step:
-                self._save()
+            self._save()
             self.saver.wait()
             self.stops.heeded()
             raise RunStopped(
-                f"{Request(asked).describe()} at step {self.progress.step} of {self.end}; it is saved, start "
-                "again to continue"
+                f"{Request(asked).describe()} at step {self.progress.step} of {self.end}; start again to "
+                f"continue from step {max(self._began, self._saved_step)}"
             )
 
     def _give_way(self) -> None:

@@ -1,5 +1,6 @@
 """One fault at a time: the run goes on as if there had been none, or says what is wrong and loses nothing."""
 
+import math
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import time
 from functools import partial
+from itertools import count
 from unittest import mock
 
 import pytest
@@ -18,7 +20,7 @@ from skipmega.checkpoint.tensors import _TensorWriter
 from skipmega.launch import run
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.state import HostBuffers
-from support.tiny_run import HALF
+from support.tiny_run import HALF, records
 
 
 def before(owner, name, action, at=1):
@@ -225,3 +227,52 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(disturbed, small_dis
     (small_disk / "filler").unlink()
     assert disturbed.attempt("full-disk", spoil=take_any_space).join() == [0, 0], disturbed.said("full-disk")
     disturbed.check("full-disk")
+
+
+def spoil_gradients(steps, rank):
+    """Of those steps (0-based), on rank 1 and before they are summed over ranks."""
+    sum_gradients, step = TrainingEngine._sum_gradients_of_cut_tokens, count()
+
+    def spoiled(engine):
+        if next(step) in steps and rank == 1:
+            next(engine.stage.parameters()).grad.view(-1)[0] = math.nan
+        sum_gradients(engine)
+
+    mock.patch.object(TrainingEngine, "_sum_gradients_of_cut_tokens", spoiled).start()
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_updates_none(disturbed):
+    attempt = disturbed.attempt("nan", spoil=partial(spoil_gradients, [3]))
+    assert attempt.join() == [0, 0], disturbed.said("nan")
+    found = records(disturbed.folder / "nan", "train")
+    assert list(found) == [1, 2, 3, 5, 6, 7, 8]
+    assert [found[step]["discarded_updates"] for step in (3, 5)] == [0, 1]
+    expected = records(disturbed.folder / "undisturbed", "train")
+    assert [found[step]["loss"] for step in (1, 2, 3)] == [expected[step]["loss"] for step in (1, 2, 3)]
+    state = Checkpoint.open(disturbed.folder / "nan").state
+    assert (state["step"], state["optimizer_updates"], state["discarded_updates"]) == (8, 7, 1)
+    (alarm,) = records(disturbed.folder / "nan", "alarm").values()
+    assert alarm["message"] == "the gradients of step 4 are not finite: its update is discarded"
+
+
+def test_after_several_in_a_row_the_run_goes_on_from_the_last_good_state(disturbed):
+    two = "training.max_discarded=2"
+    attempt = disturbed.attempt("nans", two, spoil=partial(spoil_gradients, [3, 4]))
+    assert attempt.join() == [0, 0], disturbed.said("nans")
+    assert "going on from the state of" in disturbed.said("nans")
+    assert list(records(disturbed.folder / "nans", "train")) == [1, 2, 3, 6, 7, 8]
+    state = Checkpoint.open(disturbed.folder / "nans").state
+    assert (state["step"], state["optimizer_updates"], state["consumed_samples"]) == (8, 6, 64)
+
+
+@pytest.mark.parametrize(
+    ("steps", "cause", "saved"),
+    [(range(8), "there is no checkpoint to go back to", None), (range(2, 8), "also after going back to", 2)],
+)
+def test_numbers_that_stay_out_of_range_stop_the_run(disturbed, steps, cause, saved):
+    name = f"nans-from-{steps[0]}"
+    attempt = disturbed.attempt(name, "training.max_discarded=2", spoil=partial(spoil_gradients, steps))
+    assert attempt.join() == [exit_codes.STOPPED_BY_FAULT] * 2, disturbed.said(name)
+    assert re.search(rf"error: the gradients of 2 steps in a row, .*{cause}", disturbed.said(name))
+    if saved:
+        assert Checkpoint.open(disturbed.folder / name).state["step"] == saved
