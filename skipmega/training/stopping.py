@@ -57,8 +57,7 @@ class StopRequests:
         os.set_blocking(self._wake[1], False)
         signal.set_wakeup_fd(self._wake[1])
         self._before = {number: signal.signal(number, _do_nothing) for number in _SIGNALS}
-        # a reader of data that is ended is no request to the run
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1) and None)
+        os.register_at_fork(after_in_child=self._leave_to_parent)
         # Python runs handlers between two instructions of the main thread, which may wait in a collective
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
@@ -86,8 +85,16 @@ class StopRequests:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
         signal.set_wakeup_fd(-1)
         os.write(self._wake[1], bytes([_END]))
+
+    def _leave_to_parent(self) -> None:
+        """In a process that reads ahead: a signal to the whole job must not end it before the run is saved.
+        Its parent, when it ends, sends SIGTERM twice."""
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, _ignore_once)
 
     def _watch(self) -> None:
         with os.fdopen(self._wake[0], "rb", buffering=0) as pipe:
@@ -106,3 +113,7 @@ class StopRequests:
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
     """The byte in the pipe is enough; a handler keeps the signal from ending the process."""
+
+
+def _ignore_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)

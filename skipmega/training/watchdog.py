@@ -135,7 +135,7 @@ def accuse(beats: list[Heartbeat], limit: float) -> str:
     """Who holds the others up, in which phase, where; and how far the others are."""
     slow = laggards(beats)
     others = [beat for beat in beats if beat not in slow]
-    lines = [f"hung: no progress for {limit:.0f} s; held up by", *(beat.describe() for beat in slow)]
+    lines = [f"hung: no progress for {limit:.0f} s; held up by", *(beat.describe().rstrip() for beat in slow)]
     if others:
         furthest = max(others, key=lambda beat: beat.count)
         lines.append(f"{len(others)} other ranks wait, the furthest is {furthest.describe().splitlines()[0]}")

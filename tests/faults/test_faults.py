@@ -1,6 +1,7 @@
 """One fault at a time: the run goes on as if there had been none, or says what is wrong and loses nothing."""
 
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -71,6 +72,26 @@ def test_a_signal_to_one_rank_saves_and_asks_for_another_start(disturbed, phase,
     assert stopped["step"] < 8
     assert stopped["owes_evaluation"] == (phase == "evaluation")
     disturbed.finish(name)
+
+
+def signal_family(rank):
+    """As a scheduler does: every process of the job, those that read ahead too."""
+
+    def send_all():
+        assert multiprocessing.active_children(), "nobody reads ahead"
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGTERM)
+        send(signal.SIGTERM)
+
+    before(TrainingEngine, "apply_gradients", send_all, at=2)
+
+
+def test_a_signal_to_every_process_of_the_job_saves_too(disturbed):
+    attempt = disturbed.attempt("family", "data.num_workers=1", spoil=signal_family)
+    assert attempt.join() == [exit_codes.REQUEUE] * 2, disturbed.said("family")
+    assert "stopped: SIGTERM at step 2 of 8" in disturbed.said("family")
+    assert disturbed.attempt("family", "data.num_workers=1").join() == [0, 0], disturbed.said("family")
+    disturbed.check("family")
 
 
 def signal_and_sleep():
