@@ -205,9 +205,7 @@ class CheckpointStore:
             parts = self._describe_tensors(building, grid, group)
         except (CheckpointException, OSError) as error:
             free = shutil.disk_usage(self.folder).free
-            cause = (
-                f"{first_cause(error)} ({needed / 1e6:.1f} MB are to be written, {free / 1e6:.0f} are free)"
-            )
+            cause = f"{first_cause(error)} ({needed / 1e6:.1f} MB to write, {free / 1e6:.0f} MB free)"
             self._on_first_process(lambda: shutil.rmtree(building, ignore_errors=True), final, group)
             raise StorageFaultError(self._failure(final, cause)) from error
         self._on_first_process(complete, final, group)
