@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-grids lint clean
+.PHONY: quickstart test test-grids test-faults lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python pretrain/quickstart.py
@@ -18,6 +18,10 @@ test: $(VENV)/installed lint
 # all grids up to 8 processes, where `make test` takes a selection
 test-grids: $(VENV)/installed
 	$(BIN)/python -m pytest -m "" tests/distributed
+
+# a hundred killed runs, where `make test` kills a few; and every other fault
+test-faults: $(VENV)/installed
+	$(BIN)/python -m pytest -m "" tests/faults
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

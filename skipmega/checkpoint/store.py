@@ -2,12 +2,11 @@
 
 Each is a folder ``step-00000100`` with the tensors (torch distributed checkpoint, by logical name, so any
 grid reads what any grid wrote), ``config.yaml``, ``state.json`` and, written last, ``manifest.json`` with
-the size of every file. It is built under a temporary name and renamed when complete; what is not
-complete is never read.
+the size and the SHA-256 of every file. It is built under a temporary name, flushed to disk and renamed when
+complete; what is not complete is never read.
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,22 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
-from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.futures import Future
 
+from skipmega.checkpoint import manifest
+from skipmega.checkpoint.tensors import distribute, first_cause, write_tensors, written_by
 from skipmega.config import RunConfig, dump_config, load_config
-from skipmega.errors import CheckpointError
+from skipmega.errors import CheckpointDamagedError, CheckpointError, RunFencedError, StorageFaultError
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.logical import LogicalTensor
 
-_MANIFEST, _STATE, _CONFIG, _TENSORS = "manifest.json", "state.json", "config.yaml", "tensors"
+_STATE, _CONFIG, _TENSORS = "state.json", "config.yaml", "tensors"
+_SPARE_BYTES = 16 * 2**20  # beside the tensors: their metadata, the configuration, the file system's own
 
 
 @dataclass(frozen=True)
@@ -46,16 +42,16 @@ class Checkpoint:
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
         """Check that ``path`` is a complete checkpoint, or a run folder or folder of checkpoints, whose
-        newest one is taken.
+        newest one is taken. What the files contain is checked when they are read.
 
         Raises:
             CheckpointError: nothing complete there; says what is missing.
         """
         path = Path(path)
-        if (path / _MANIFEST).is_file():
-            problem = _incompleteness(path)
+        if (path / manifest.NAME).is_file():
+            problem = manifest.incompleteness(path)
             if problem:
-                raise CheckpointError(f"checkpoint {path} is damaged: {problem}; use an earlier one")
+                raise _damaged(path, problem)
             return cls(path)
         for folder in (path, path / "checkpoints"):
             if folder.is_dir():
@@ -81,24 +77,35 @@ class Checkpoint:
         """Fill ``tensors`` in place with this rank's parts; every process of the grid calls it together.
 
         Raises:
+            CheckpointDamagedError: a file is missing or not what was written; nothing was filled.
             CheckpointError: a tensor is missing or has another shape.
         """
-        mesh = _tensor_mesh(grid)
-        target = {name: _distributed(tensor, mesh, grid) for name, tensor in tensors.items()}
+        problems: list[str | None] = [None] * grid.world_size
+        dist.all_gather_object(problems, manifest.damage(self.path, grid.rank, grid.world_size))
+        for problem in filter(None, problems):
+            raise _damaged(self.path, problem)
         try:
-            load_distributed(target, checkpoint_id=self.path / _TENSORS)
+            load_distributed(dict(distribute(tensors, grid)), checkpoint_id=self.path / _TENSORS)
         except (CheckpointException, RuntimeError, ValueError, OSError) as error:
-            raise CheckpointError(f"cannot read checkpoint {self.path}: {_cause(error)}") from error
+            raise CheckpointError(f"cannot read checkpoint {self.path}: {first_cause(error)}") from error
 
     def read_weights(self) -> dict[str, Tensor]:
         """All weights as full float32 tensors by logical name, in this process alone (no grid needed)."""
-        return self._read_alone("weights/")
+        return self.read_alone("weights/")
 
     def read_routing(self) -> dict[str, Tensor]:
         """What routing remembers, as :meth:`skipmega.routing.state.RoutingState.tensors` names it; alone."""
-        return self._read_alone("routing/")
+        return self.read_alone("routing/")
 
-    def _read_alone(self, prefix: str) -> dict[str, Tensor]:
+    def read_alone(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors whose names begin with ``prefix``, whole, by the rest of their names; no grid needed.
+
+        Raises:
+            CheckpointDamagedError: a file is missing or not what was written.
+        """
+        problem = manifest.damage(self.path)
+        if problem is not None:
+            raise _damaged(self.path, problem)
         metadata = FileSystemReader(self.path / _TENSORS).read_metadata().state_dict_metadata
         target = {
             key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -117,18 +124,23 @@ class CheckpointStore:
     Args:
         folder: holds one folder a checkpoint.
         keep: newest checkpoints to keep; 0 keeps all.
+        keep_every: also keep those of every so many steps; 0 keeps none for that.
     """
 
-    def __init__(self, folder: str | Path, keep: int) -> None:
+    def __init__(self, folder: str | Path, keep: int, keep_every: int = 0) -> None:
         self.folder = Path(folder)
         self.keep = keep
+        self.keep_every = keep_every
 
     def latest(self) -> Checkpoint | None:
-        """The newest complete checkpoint; incomplete or damaged ones are passed over."""
-        for path in sorted(self.folder.glob("step-*"), reverse=True):
-            if not path.name.endswith(".tmp") and not _incompleteness(path):
-                return Checkpoint(path)
-        return None
+        """The newest complete checkpoint; incomplete ones are passed over."""
+        complete = (entry for entry in self.all_newest_first() if not manifest.incompleteness(entry.path))
+        return next(complete, None)
+
+    def all_newest_first(self) -> list[Checkpoint]:
+        """Every checkpoint that was once complete, whatever has become of it since."""
+        paths = (path for path in self.folder.glob("step-*") if path.is_dir() and path.suffix != ".tmp")
+        return [Checkpoint(path) for path in sorted(paths, reverse=True)]
 
     def save(
         self,
@@ -136,69 +148,130 @@ class CheckpointStore:
         config: RunConfig,
         state: dict[str, Any],
         tensors: Mapping[str, LogicalTensor],
+        group: dist.ProcessGroup | None = None,
+        attempt: int = 0,
+        check_fence: Callable[[], None] = lambda: None,
     ) -> Path:
         """Write a checkpoint of step ``state["step"]``; every process of the grid calls it together.
 
-        ``tensors`` holds the tensors of this stage; replicas (other data ranks, a tied embedding's second
-        copy) may be left out or passed, they are written once. What killed saves left behind is removed
-        once this one is complete.
+        Args:
+            grid: this process's place.
+            config: the resolved configuration.
+            state: counters and versions.
+            tensors: those that this process writes. Replicas (other data ranks, a tied embedding's second
+                copy) may be left out or passed, they are written once.
+            group: all processes, for collectives of its own; left out, the world.
+            attempt: number of the attempt at the run, part of the temporary name.
+            check_fence: raises :class:`RunFencedError` on the first process once a newer attempt owns the
+                run. A newer attempt moves the temporary folder away before it looks for checkpoints: what
+                it has not seen cannot get its final name any more.
 
         Raises:
-            CheckpointError: it could not be written (no space left, say); nothing of it remains under the
+            StorageFaultError: it could not be written (no space left, say); nothing of it remains under the
                 final name and earlier checkpoints are untouched. Raised on every process.
+            RunFencedError: the same on every process; nothing was written.
         """
         final = self.folder / f"step-{state['step']:08d}"
-        building = final.with_name(final.name + ".tmp")
-        _on_first_process(grid, final, lambda: _start_afresh(building))
-        mesh = _tensor_mesh(grid)
-        mine = tensors if grid.replicas.rank == 0 else {}
-        needed = sum(tensor.local.numel() * tensor.local.element_size() for tensor in mine.values())
+        building = final.with_name(f"{final.name}.{attempt}.tmp")
+        mine = sum(tensor.local.numel() * tensor.local.element_size() for tensor in tensors.values())
+        needed = sum(_gather(mine, grid, group))
+
+        def start() -> None:
+            check_fence()
+            _start_afresh(building)
+            free = shutil.disk_usage(building).free
+            if free < needed + _SPARE_BYTES:
+                shutil.rmtree(building)
+                raise OSError(f"it needs {needed / 1e6:.1f} MB, {free / 1e6:.0f} MB are free")
+
+        def complete() -> None:
+            try:
+                files = {name: entry for part in parts for name, entry in part.items()}
+                (building / _CONFIG).write_text(dump_config(config))
+                (building / _STATE).write_text(json.dumps(state, indent=2))
+                files |= {name: manifest.describe_file(building / name) for name in (_CONFIG, _STATE)}
+                manifest.write_manifest(building, files)
+                check_fence()
+                self._put_in_place(building, final)
+            except (OSError, RunFencedError):
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+            self.remove_unfinished(attempt)
+            self._prune()
+
+        self._on_first_process(start, final, group)
         try:
-            save_distributed(
-                {name: _distributed(tensor, mesh, grid) for name, tensor in mine.items()},
-                storage_writer=_TensorWriter(building / _TENSORS),
-            )
-        except CheckpointException as error:
+            write_tensors(building / _TENSORS, tensors, grid, group)
+            parts = self._describe_tensors(building, grid, group)
+        except (CheckpointException, OSError) as error:
             free = shutil.disk_usage(self.folder).free
-            cause = (
-                f"{_cause(error)} (this process writes {needed / 1e6:.1f} MB, {free / 1e6:.0f} MB are free)"
-            )
-            _on_first_process(grid, final, lambda: shutil.rmtree(building, ignore_errors=True))
-            raise CheckpointError(self._failure(final, cause)) from error
-        _on_first_process(grid, final, lambda: self._complete(building, final, config, state))
+            cause = f"{first_cause(error)} ({needed / 1e6:.1f} MB to write, {free / 1e6:.0f} MB free)"
+            self._on_first_process(lambda: shutil.rmtree(building, ignore_errors=True), final, group)
+            raise StorageFaultError(self._failure(final, cause)) from error
+        self._on_first_process(complete, final, group)
         return final
 
-    def _complete(self, building: Path, final: Path, config: RunConfig, state: dict[str, Any]) -> None:
-        try:
-            self._write_manifest(building, config, state)
-        except OSError:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        if final.exists():
-            shutil.rmtree(final)
-        building.rename(final)
-        _flush(self.folder)
-        self._prune()
+    def remove_unfinished(self, attempt: int) -> None:
+        """Remove what saves of ``attempt`` and of earlier ones left behind, or are still writing."""
+        for left_over in self.folder.glob("step-*.tmp"):
+            number = left_over.name.split(".")[1]
+            if not number.isdigit() or int(number) <= attempt:
+                doomed = left_over.with_name(f".removed-{left_over.name}")
+                shutil.rmtree(doomed, ignore_errors=True)
+                left_over.rename(doomed)  # at once, whoever still writes into it
+                shutil.rmtree(doomed, ignore_errors=True)
 
-    def _write_manifest(self, building: Path, config: RunConfig, state: dict[str, Any]) -> None:
-        (building / _CONFIG).write_text(dump_config(config))
-        (building / _STATE).write_text(json.dumps(state, indent=2))
-        files = {
-            str(file.relative_to(building)): file.stat().st_size
-            for file in sorted(building.rglob("*"))
-            if file.is_file()
-        }
-        for name in files:
-            _flush(building / name)
-        (building / _MANIFEST).write_text(json.dumps({"files": files}, indent=2))
-        _flush(building / _MANIFEST)
+    def _describe_tensors(
+        self, building: Path, grid: ParallelGrid, group: dist.ProcessGroup | None
+    ) -> list[dict[str, Any]]:
+        """By process: the files it wrote, with size and checksum.
+
+        Raises:
+            OSError: one process cannot read what it wrote; the same on every process.
+        """
+        mine: dict[str, Any] | str
+        try:
+            files = written_by(grid.rank, building / _TENSORS)
+            mine = {str(file.relative_to(building)): manifest.describe_file(file) for file in files}
+        except OSError as error:
+            mine = f"process {grid.rank}: {first_cause(error)}"
+        parts = _gather(mine, grid, group)
+        for problem in (part for part in parts if isinstance(part, str)):
+            raise OSError(problem)
+        return parts
+
+    def _put_in_place(self, building: Path, final: Path) -> None:
+        if final.exists():
+            shutil.rmtree(final.with_name(f"{final.name}.tmp"), ignore_errors=True)
+            final.rename(final.with_name(f"{final.name}.tmp"))
+        building.rename(final)
+        manifest.flush_folder(self.folder)
 
     def _prune(self) -> None:
-        for left_over in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(left_over)
-        complete = [path for path in sorted(self.folder.glob("step-*")) if not _incompleteness(path)]
-        for path in complete[: -self.keep] if self.keep else []:
-            shutil.rmtree(path)
+        complete = [
+            entry.path for entry in self.all_newest_first() if not manifest.incompleteness(entry.path)
+        ]
+        for path in complete[self.keep :] if self.keep else []:
+            step = int(path.name.removeprefix("step-"))
+            if self.keep_every == 0 or step % self.keep_every:
+                shutil.rmtree(path)
+
+    def _on_first_process(
+        self, work: Callable[[], None], final: Path, group: dist.ProcessGroup | None
+    ) -> None:
+        """Run ``work`` on the first process; if it fails there, fail everywhere with the same words."""
+        outcome: list[tuple[type[Exception], str] | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except RunFencedError as error:
+                outcome = [(RunFencedError, str(error))]
+            except OSError as error:
+                outcome = [(StorageFaultError, self._failure(final, first_cause(error)))]
+        dist.broadcast_object_list(outcome, src=0, group=group)
+        if outcome[0] is not None:
+            kind, message = outcome[0]
+            raise kind(message)
 
     def _failure(self, final: Path, cause: str) -> str:
         last = self.latest()
@@ -206,30 +279,10 @@ class CheckpointStore:
         return f"could not save checkpoint {final}: {cause}; {kept}"
 
 
-class _TensorWriter(FileSystemWriter):
-    """torch's writer, but a failed write is the operating system's error and not one of its consequences."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:  # torch.save cannot finish its archive once a write has failed
-            failed_write = error.__context__
-            if isinstance(failed_write, OSError):
-                raise failed_write from None
-            raise
-
-
-def _on_first_process(grid: ParallelGrid, final: Path, work: Callable[[], None]) -> None:
-    """Run ``work`` on the first process; if it fails there, fail everywhere with the same words."""
-    problem: list[str | None] = [None]
-    if grid.rank == 0:
-        try:
-            work()
-        except OSError as error:
-            problem = [_cause(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise CheckpointError(CheckpointStore(final.parent, keep=0)._failure(final, problem[0]))
+def _gather(value: Any, grid: ParallelGrid, group: dist.ProcessGroup | None) -> list[Any]:
+    values: list[Any] = [None] * grid.world_size
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _start_afresh(building: Path) -> None:
@@ -238,50 +291,5 @@ def _start_afresh(building: Path) -> None:
     building.mkdir(parents=True)
 
 
-def _tensor_mesh(grid: ParallelGrid) -> DeviceMesh:
-    return DeviceMesh.from_group(grid.tensor.group, "cpu")
-
-
-def _distributed(tensor: LogicalTensor, mesh: DeviceMesh, grid: ParallelGrid) -> Tensor:
-    if tensor.dim is None or grid.tensor.size == 1:
-        return tensor.local
-    return DTensor.from_local(tensor.local, mesh, [Shard(tensor.dim)], run_check=False)
-
-
-def _incompleteness(path: Path) -> str | None:
-    """What is wrong with the checkpoint at ``path``; None when it is complete."""
-    files: dict[str, int] | None
-    try:
-        files = json.loads((path / _MANIFEST).read_text())["files"]
-    except OSError:
-        return f"{_MANIFEST} is missing (it was never finished)"
-    except (ValueError, KeyError, TypeError):
-        files = None
-    if not isinstance(files, dict):
-        return f"{_MANIFEST} is not readable"
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _cause(error: BaseException) -> str:
-    """The first reason inside torch's bundle of per-process failures."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, failure = next(iter(error.failures.items()))
-        reason = failure[0] if isinstance(failure, tuple) else failure
-        return f"process {rank}: {_cause(reason)}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}" + (f" ({error.filename})" if error.filename else "")
-    return str(error)
+def _damaged(path: Path, problem: str) -> CheckpointDamagedError:
+    return CheckpointDamagedError(f"checkpoint {path} is damaged: {problem}; use an earlier one")

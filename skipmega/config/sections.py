@@ -180,16 +180,24 @@ class TrainingConfig(Section):
     """Length and batch of the run. Batches in sequences, the length in optimizer steps.
 
     ``stop_after`` ends the process cleanly after that step (a checkpoint is saved) although the run is
-    longer: its schedule and data order are those of the whole run, and resuming continues it. ``recompute``
-    runs a part of each layer again in backward in place of keeping what it needs: ``attention`` (its
-    projections too), ``mlp`` (the feed-forward network with its norm), or the layer in ``full``; decisions
-    and gradients are the same. ``gradient_precision`` is that in which gradients of a bf16 run are summed
-    over micro-batches and over data ranks: in bf16 what is small beside its sum is lost. Between the two sums
-    and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
+    longer: its schedule and data order are those of the whole run, and resuming continues it.
+    ``max_duration``, in minutes since training was started, does so with the exit status that asks to be
+    started again. A run that makes no progress for ``hang_minutes`` (three times that in the first step,
+    which may be compiled) is ended, and the rank that holds it up is named. A step whose gradients are not
+    finite updates nothing; ``max_discarded`` of them in a row bring back the last checkpoint's state.
+
+    ``recompute`` runs a part of each layer again in backward in place of keeping what it needs:
+    ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer in
+    ``full``; decisions and gradients are the same. ``gradient_precision`` is that in which gradients of a
+    bf16 run are summed over micro-batches and over data ranks: in bf16 what is small beside its sum is lost.
+    Between the two sums and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
     """
 
     steps: int = Field(1000, ge=1)
     stop_after: int | None = Field(None, ge=1)
+    max_duration: float | None = Field(None, gt=0)
+    hang_minutes: float = Field(15.0, gt=0)
+    max_discarded: int = Field(3, ge=1)
     micro_batch_size: int = Field(4, ge=1)
     global_batch_size: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -202,12 +210,16 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """``interval`` in steps (0: only at the end); ``keep`` newest checkpoints (0: all). ``resume: auto``
-    continues from the newest complete checkpoint of the run, if there is one; ``never`` demands an empty
-    run folder; a path names a checkpoint to start from, until the run has one of its own."""
+    """``interval`` in steps (0: only at the end); ``keep`` newest checkpoints (0: all), beside those of every
+    ``keep_every`` steps (0: none). A save that fails is tried again ``retries`` times, after 1, 2, 4 ...
+    seconds. ``resume: auto`` continues from the newest sound checkpoint of the run, if there is one;
+    ``never`` demands an empty run folder; a path names a checkpoint to start from, until the run has one of
+    its own."""
 
     interval: int = Field(500, ge=0)
     keep: int = Field(2, ge=0)
+    keep_every: int = Field(0, ge=0)
+    retries: int = Field(3, ge=0)
     resume: str = "auto"
 
 

@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch.distributed as dist
+from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from skipmega.config import DataConfig, DataSource
 from skipmega.data.batches import SampleSource
+from skipmega.data.files import atomic_write
 from skipmega.data.indexed import check_dataset
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
@@ -69,7 +72,7 @@ def build_datasets(
     fingerprints = _on_rank_0(lambda: _check_parts(parts, config.sequence_length, tokenizer))
     _check_cache(cache)
     adapter = _MegatronTokenizer(tokenizer, fingerprints)
-    with _process_group():
+    with _process_group(), _indices_whole_or_absent():
         built = [_build_part(part, config.sequence_length, adapter, seed, cache) for part in parts]
     return RunDatasets(train=built[0], valid=built[1] if len(built) > 1 else None)
 
@@ -200,6 +203,32 @@ def _surplus(weights: list[float] | None, samples: int) -> float:
     drawn = [math.floor(sum(planned) * share) + 1 for share in shares]
     needed = (most / least - 1 for most, least in zip(drawn, planned, strict=True))
     return max(_SMALLEST_SURPLUS, *needed)
+
+
+@contextmanager
+def _indices_whole_or_absent() -> Iterator[None]:
+    """megatron-core writes its sample indices in place, and a process that was killed meanwhile would leave a
+    torn one that every later start finds; here they get their names when they are complete."""
+    modules = (gpt_dataset, blended_dataset)
+    try:
+        for module in modules:
+            module.numpy = _NumpySavingAtomically("numpy")
+        yield
+    finally:
+        for module in modules:
+            module.numpy = np
+
+
+class _NumpySavingAtomically(ModuleType):
+    """numpy, but for :func:`numpy.save`."""
+
+    @staticmethod
+    def save(path: str, array: np.ndarray[Any, Any], allow_pickle: bool) -> None:
+        with atomic_write(Path(path)) as stream:
+            np.save(stream, array, allow_pickle=allow_pickle)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
 
 
 @contextmanager

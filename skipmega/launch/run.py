@@ -1,20 +1,24 @@
 """One pre-training run from configuration to last checkpoint: the composition of all rooms."""
 
+import dataclasses
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
 import megatron.core
 import torch
+import torch.distributed as dist
 
 import skipmega
+from skipmega.checkpoint.saver import CheckpointSaver
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import SampleSource, TokenBatch, make_loader
 from skipmega.data.datasets import RunDatasets, build_datasets
 from skipmega.data.tokenizer import Tokenizer
-from skipmega.errors import ConfigError
+from skipmega.errors import CheckpointDamagedError, CheckpointError, ConfigError
 from skipmega.launch.run_folder import RunFolder
 from skipmega.models.flops import count_parameters, training_flops_per_token
 from skipmega.models.stages import cut_stages, stage_costs
@@ -24,7 +28,9 @@ from skipmega.training.engine import TrainingEngine
 from skipmega.training.loop import Progress, TrainingLoop
 from skipmega.training.optimizers import updates_done
 from skipmega.training.sinks import Sink, open_sinks
-from skipmega.training.state import collect_state, restore_state
+from skipmega.training.state import HostBuffers, collect_state, restore_state
+from skipmega.training.stopping import StopRequests
+from skipmega.training.watchdog import Watchdog
 
 
 def pretrain(config: RunConfig, process: ProcessInfo) -> None:
@@ -39,25 +45,44 @@ def pretrain(config: RunConfig, process: ProcessInfo) -> None:
     """
     config, tokenizer = resolve(config, process.world_size)
     folder = RunFolder(config)
-    checkpoint = folder.check()
+    folder.check()
+    stops = StopRequests(folder.stop_file if process.rank == 0 else None, config.training.max_duration)
+    stops.listen()
+    try:
+        _pretrain(config, tokenizer, folder, process, stops)
+    finally:
+        stops.ignore()
+
+
+def _pretrain(
+    config: RunConfig, tokenizer: Tokenizer, folder: RunFolder, process: ProcessInfo, stops: StopRequests
+) -> None:
     grid = create_grid(process, config.parallel)
     data = build_data(config, tokenizer)
     engine = TrainingEngine(config, grid)
-    progress = Progress()
-    if checkpoint is not None:
-        progress = resume(engine, grid, checkpoint)
-    sinks = _start_records(engine, folder, progress, checkpoint) if grid.rank == 0 else []
+    attempt = claim(folder, grid)
+    progress, origin = resume(engine, grid, folder)
+    sinks = _start_records(engine, folder, progress, attempt, origin) if grid.rank == 0 else []
     held_out = data.valid
-    loop = TrainingLoop(
-        config,
-        engine,
-        train_batches=_train_batches(config, grid, data.train, tokenizer, progress.consumed_samples),
-        held_out=None if held_out is None else lambda: _held_out_batches(config, grid, held_out, tokenizer),
-        progress=progress,
-        sinks=sinks,
-        save=lambda now: save(engine, grid, folder, now),
-    )
-    loop.run()
+    with Watchdog(
+        folder.heartbeats(attempt), grid.rank, grid.world_size, 60 * config.training.hang_minutes
+    ) as watchdog:
+        loop = TrainingLoop(
+            config,
+            engine,
+            train_batches=_train_batches(config, grid, data.train, tokenizer, progress.consumed_samples),
+            held_out=None
+            if held_out is None
+            else lambda: _held_out_batches(config, grid, held_out, tokenizer),
+            progress=progress,
+            sinks=sinks,
+            saver=RunSaver(engine, folder, attempt),
+            stops=stops,
+            check_owned=lambda: folder.check_owned(attempt) if grid.rank == 0 else None,
+            go_back=lambda: resume(engine, grid, folder)[1],
+            beat=watchdog.beat,
+        )
+        loop.run()
     for sink in sinks:
         sink.close()
     end_communication()
@@ -91,22 +116,94 @@ def build_data(config: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
     )
 
 
-def resume(engine: TrainingEngine, grid: ParallelGrid, checkpoint: Checkpoint) -> Progress:
-    """Put a checkpoint's state into a fresh engine; returns how far it was."""
+def claim(folder: RunFolder, grid: ParallelGrid) -> int:
+    """Make this attempt the one that owns the run; returns its number. All processes call it together.
+
+    Raises:
+        CheckpointError: the run folder cannot be written.
+    """
+    outcome: list[int | str] = [0]
+    if grid.rank == 0:
+        try:
+            outcome = [folder.claim_attempt()]
+        except CheckpointError as error:
+            outcome = [str(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], str):
+        raise CheckpointError(outcome[0])
+    return outcome[0]
+
+
+def resume(engine: TrainingEngine, grid: ParallelGrid, folder: RunFolder) -> tuple[Progress, Path | None]:
+    """Put the newest sound checkpoint's state into a fresh engine; all processes call it together.
+
+    Returns:
+        How far it was, and its path; the beginning and None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints and all of them are damaged, or one does not fit.
+    """
+    candidates = [folder.candidates()] if grid.rank == 0 else [[]]
+    dist.broadcast_object_list(candidates, src=0)
+    damaged: list[str] = []
+    for checkpoint in candidates[0]:
+        try:
+            return _restore(engine, grid, checkpoint), checkpoint.path
+        except CheckpointDamagedError as error:
+            damaged.append(str(error))
+            if grid.rank == 0:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint of run_dir={folder.path} is sound: {damaged[0]}; mend it, give another run_dir "
+            "with checkpoint.resume=PATH, or remove them to start from the beginning"
+        )
+    return Progress(), None
+
+
+def _restore(engine: TrainingEngine, grid: ParallelGrid, checkpoint: Checkpoint) -> Progress:
+    tensors = collect_state(engine)
+    checkpoint.read_into(tensors, grid)
     state = checkpoint.state
-    restore_state(engine, state["optimizer_updates"], lambda tensors: checkpoint.read_into(tensors, grid))
-    return Progress(step=state["step"], consumed_samples=state["consumed_samples"])
+    restore_state(engine, state["optimizer_updates"], tensors)
+    fields = [field.name for field in dataclasses.fields(Progress)]
+    return Progress(**{name: state[name] for name in fields if name in state})
 
 
-def save(engine: TrainingEngine, grid: ParallelGrid, folder: RunFolder, progress: Progress) -> Path:
-    """Write a checkpoint of the present state; all processes call it together."""
-    state = {
-        "step": progress.step,
-        "consumed_samples": progress.consumed_samples,
-        "optimizer_updates": updates_done(engine.optimizer),
-        "versions": versions(),
-    }
-    return folder.store.save(grid, engine.config, state, collect_state(engine))
+class RunSaver:
+    """Saves an engine's state into the run's folder; making one is collective, as are its methods.
+
+    Args:
+        engine: whose state.
+        folder: where to.
+        attempt: number of the attempt that owns the run.
+    """
+
+    def __init__(self, engine: TrainingEngine, folder: RunFolder, attempt: int) -> None:
+        self._engine, self._attempt = engine, attempt
+        self._buffers = HostBuffers(engine.grid.device)
+        self._saver = CheckpointSaver(
+            folder.store, engine.grid, engine.config, attempt, lambda: folder.check_owned(attempt)
+        )
+
+    @property
+    def failed(self) -> bool:
+        """As :attr:`CheckpointSaver.failed`."""
+        return self._saver.failed
+
+    def begin(self, progress: Progress) -> None:
+        """As :meth:`CheckpointSaver.begin`."""
+        state = {
+            **dataclasses.asdict(progress),
+            "attempt": self._attempt,
+            "optimizer_updates": updates_done(self._engine.optimizer),
+            "versions": versions(),
+        }
+        self._saver.begin(state, lambda: self._buffers.take_share(self._engine))
+
+    def wait(self) -> None:
+        """As :meth:`CheckpointSaver.wait`."""
+        self._saver.wait()
 
 
 def versions() -> dict[str, str]:
@@ -121,13 +218,12 @@ def versions() -> dict[str, str]:
 
 
 def _start_records(
-    engine: TrainingEngine, folder: RunFolder, progress: Progress, checkpoint: Checkpoint | None
+    engine: TrainingEngine, folder: RunFolder, progress: Progress, attempt: int, origin: Path | None
 ) -> list[Sink]:
     """Make this a run: its folder's files, its sinks, and a word on what starts; on the first process."""
     config = engine.config
-    attempt = folder.start_attempt()
+    folder.begin_records(progress.step)
     parameters, dense = count_parameters(config), training_flops_per_token(config) / 1e9
-    origin = checkpoint.path if checkpoint else "the beginning"
     print(f"grid: {engine.grid.describe()}; ZeRO {config.parallel.zero_stage}; attention: {engine.attention}")
     print(f"model: {parameters / 1e6:.1f}M parameters, {dense:.3g} GFLOPs per token if dense")
     if engine.grid.pipeline.size > 1:
@@ -138,7 +234,7 @@ def _start_records(
         )
         dearest = max(costs) * len(costs) / sum(costs)
         print(f"stages: {shares} of the operations, the dearest {dearest:.2f} times the mean")
-    print(f"run: {config.run_dir}, attempt {attempt}, from {origin}", flush=True)
+    print(f"run: {config.run_dir}, attempt {attempt}, from {origin or 'the beginning'}", flush=True)
     sinks = open_sinks(config)
     for sink in sinks:
         sink.write({"kind": "start", "step": progress.step, "attempt": attempt})

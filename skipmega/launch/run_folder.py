@@ -1,13 +1,19 @@
-"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``index_cache/``; one run each."""
+"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``index_cache/``; one run each.
+
+``attempts/`` holds a file for each time the run was started, by number; the newest owns the folder. A file
+called ``stop`` ends the run after its present step.
+"""
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 from skipmega.checkpoint.store import Checkpoint, CheckpointStore
 from skipmega.config import RunConfig, dump_config, load_config
 from skipmega.data.files import atomic_write
-from skipmega.errors import CheckpointError
+from skipmega.errors import CheckpointError, RunFencedError
 
 _ARCHITECTURE = (
     "routing.router",
@@ -34,14 +40,18 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.path = Path(config.run_dir)
-        self.store = CheckpointStore(self.path / "checkpoints", config.checkpoint.keep)
+        self.store = CheckpointStore(
+            self.path / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
+        )
         self.index_cache = self.path / "index_cache"
+        self.stop_file = self.path / "stop"
+        self._attempts = self.path / "attempts"
 
     def check(self) -> Checkpoint | None:
-        """Find where to continue; writes nothing.
+        """Find where to continue, reading no tensors and writing nothing.
 
         Returns:
-            The checkpoint to resume from, or None to start from the beginning.
+            The newest checkpoint that seems complete, or None to start from the beginning.
 
         Raises:
             CheckpointError: the folder holds another run or something else, ``checkpoint.resume`` names
@@ -68,32 +78,88 @@ class RunFolder:
             refuse_changes(checkpoint.config, self.config, _ARCHITECTURE, f"checkpoint {checkpoint.path}")
         return checkpoint
 
-    def start_attempt(self) -> int:
-        """Save the configuration; returns the number of this attempt at the run, from 1.
+    def candidates(self) -> list[Checkpoint]:
+        """Checkpoints to try to resume from, newest first; the one that ``checkpoint.resume`` names if the
+        run has none of its own."""
+        own, resume = self.store.all_newest_first(), self.config.checkpoint.resume
+        return own if own or resume in ("auto", "never") else [Checkpoint.open(resume)]
+
+    def claim_attempt(self) -> int:
+        """Own the run from now on; returns the number of this attempt at it, from 1.
+
+        An attempt that still runs finds out (:meth:`check_owned`), and what it is saving never becomes a
+        checkpoint; look for checkpoints after this.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        counter = self.path / "attempts.json"
-        attempt = int(json.loads(counter.read_text())["attempts"]) + 1 if counter.is_file() else 1
         try:
-            for name, text in (
-                ("config.yaml", dump_config(self.config)),
-                ("attempts.json", json.dumps({"attempts": attempt})),
-            ):
-                with atomic_write(self.path / name) as stream:
-                    stream.write(text.encode())
+            self._attempts.mkdir(parents=True, exist_ok=True)
+            attempt = 1 + max((int(entry.name) for entry in self._attempts.iterdir()), default=0)
+            while not self._create(attempt):
+                attempt += 1
+            self.store.remove_unfinished(attempt - 1)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write run_dir={self.path}: {error.strerror}; make it writable or choose another"
-            ) from None
+            raise self._unwritable(error) from None
         return attempt
 
+    def heartbeats(self, attempt: int) -> Path:
+        """Folder where the processes of an attempt say how far they are."""
+        return self.path / "heartbeats" / str(attempt)
+
+    def check_owned(self, attempt: int) -> None:
+        """Does nothing as long as ``attempt`` is the newest.
+
+        Raises:
+            RunFencedError: a newer one has claimed the run; says where it runs.
+        """
+        newer = self._attempts / str(attempt + 1)
+        if newer.exists():
+            raise RunFencedError(
+                f"attempt {attempt + 1} ({newer.read_text().strip()}) has taken over run_dir={self.path}; "
+                f"attempt {attempt} writes nothing more"
+            )
+
+    def begin_records(self, step: int) -> None:
+        """Save the configuration and drop records of steps beyond ``step``, which are done anew.
+
+        An older attempt that still writes records from now on writes them to a file without a name.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        metrics = self.path / "metrics.jsonl"
+        try:
+            with atomic_write(self.path / "config.yaml") as stream:
+                stream.write(dump_config(self.config).encode())
+            if metrics.is_file():
+                kept = [line for line in metrics.read_text().splitlines(True) if _belongs(line, step)]
+                with atomic_write(metrics) as stream:
+                    stream.write("".join(kept).encode())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _create(self, attempt: int) -> bool:
+        """Make the file that says so; False if it is there already."""
+        try:
+            with (self._attempts / str(attempt)).open("x") as stream:
+                stream.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+        except FileExistsError:
+            return False
+        return True
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"cannot write run_dir={self.path}: {error.strerror}; make it writable or choose another"
+        )
+
     def _foreign(self) -> list[str]:
-        """Names in a folder without a run; a start that failed may have left its sample indices."""
+        """Names in a folder without a run; a start that failed may have left indices and its number."""
         if not self.path.is_dir():
             return [f"a file called {self.path.name}"] if self.path.exists() else []
-        return sorted(entry.name for entry in self.path.iterdir() if entry != self.index_cache)
+        return sorted(
+            entry.name for entry in self.path.iterdir() if entry not in (self.index_cache, self._attempts)
+        )
 
 
 def refuse_changes(there: RunConfig, here: RunConfig, fields: tuple[str, ...], owner: str) -> None:
@@ -110,6 +176,14 @@ def refuse_changes(there: RunConfig, here: RunConfig, fields: tuple[str, ...], o
                 f"{owner} holds another run: {name} is {old!r} there and {new!r} here; choose another "
                 "run_dir, or set it back to continue that run"
             )
+
+
+def _belongs(line: str, step: int) -> bool:
+    """Whether a line of ``metrics.jsonl`` is a record of the first ``step`` steps; a torn one is none."""
+    try:
+        return json.loads(line)["step"] <= step and line.endswith("\n")
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _value(config: RunConfig, name: str) -> Any:

@@ -24,7 +24,7 @@ class DensityController:
     def __init__(self, state: RoutingState, mean_over_tokens: Mean) -> None:
         self.state = state
         self._mean = mean_over_tokens
-        self._forget()
+        self.forget_step()
 
     def penalty(self, densities: Tensor, step: int) -> Tensor:
         """The density loss of a micro-batch, to be averaged over micro-batches and ranks.
@@ -72,9 +72,10 @@ class DensityController:
         elif routing.control == "bias":
             state.threshold += routing.bias_rate * error
         state.quantiles.lerp_(quantiles, max(routing.running_rate, 1 / (step + 1)))
-        self._forget()
+        self.forget_step()
 
-    def _forget(self) -> None:
+    def forget_step(self) -> None:
+        """What the step saw so far moves nothing: its update was discarded, say."""
         self._micro_batches = 0
         self._density = torch.zeros_like(self.state.threshold)
         self._quantiles = torch.zeros_like(self.state.quantiles)

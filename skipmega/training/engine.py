@@ -83,25 +83,50 @@ class TrainingEngine:
             sums.keep_router_gradients(self.stage.router_weights())
 
     def apply_gradients(self, step: int, learning_rate: float) -> Tensor:
-        """Clip, update, move the controllers; returns the global norm before clipping, [] float32."""
+        """Clip, update, move the controllers; returns the global norm before clipping, [] float32.
+
+        Gradients that are not finite on any rank are discarded on all of them, and nothing moves
+        (:attr:`discarded_update`).
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
         self._deepspeed.step()
         for controller in self._controllers:
-            controller.end_step(step)
+            if self.discarded_update:
+                controller.forget_step()
+            else:
+                controller.end_step(step)
         return torch.as_tensor(self._deepspeed.get_global_grad_norm())
+
+    @property
+    def discarded_update(self) -> bool:
+        """Whether the last step's gradients were not finite, which DeepSpeed's ranks agree on."""
+        return bool(self.optimizer.overflow)
 
     def routing_tensors(self) -> dict[str, Tensor]:
         """What routing remembers, the live tensors by logical name (``layers.3.threshold``)."""
         return {name: tensor for state in self.routing for name, tensor in state.tensors().items()}
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[TokenBatch], micro_batches: int, step: int) -> Averages:
+    def evaluate(
+        self,
+        batches: Iterator[TokenBatch],
+        micro_batches: int,
+        step: int,
+        between: Callable[[], None] = lambda: None,
+    ) -> Averages:
         """Held-out loss and densities as after ``step`` steps: no router looks ahead, at
-        ``routing.eval_capacity_factor`` and ``routing.eval_density``."""
+        ``routing.eval_capacity_factor`` and ``routing.eval_density``.
+
+        ``between`` is called after every so many micro-batches as a step has; what it raises ends it.
+        """
         sums = StepSums.zeros(self.config, self.grid)
+        forward = self._evaluation_step(step, sums)
         self.stage.eval()
-        self._run(self._evaluation_step(step, sums), batches, micro_batches, sums, backward=False)
+        for first in range(0, micro_batches, self.config.micro_batches):
+            number = min(self.config.micro_batches, micro_batches - first)
+            self._run(forward, batches, number, sums, backward=False)
+            between()
         self.stage.train()
         return average(sums, self.config, self.grid)
 

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
-from skipmega.errors import TrainingError
+from skipmega.errors import RunFaultError, RunFencedError, RunStopped
+from skipmega.parallel.agreement import Agreement
 from skipmega.routing.state import warmed_up
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.metrics import (
@@ -22,21 +24,44 @@ from skipmega.training.metrics import (
 )
 from skipmega.training.schedule import learning_rate
 from skipmega.training.sinks import Sink
+from skipmega.training.stopping import Request, StopRequests
 from skipmega.training.sums import StepSums, average
 
 Batches = Iterator[TokenBatch]
 
 
+class Saver(Protocol):
+    """Writes checkpoints beside training."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save has failed on this process."""
+
+    def begin(self, progress: "Progress") -> None:
+        """Wait for the save before, then copy the present state and start to write it; collective."""
+
+    def wait(self) -> None:
+        """Wait until the last save is complete, raise what it raised; collective."""
+
+
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, and samples of the data order consumed by them."""
+    """How far a run is: optimizer steps done, samples of the data order consumed by them, whether the
+    evaluation that is due after the last of them is still to be done, and how many updates were discarded."""
 
     step: int = 0
     consumed_samples: int = 0
+    owes_evaluation: bool = False
+    discarded_updates: int = 0
+
+
+class _GiveWay(Exception):  # noqa: N818 (nothing went wrong)
+    """Somebody asked to stop during an evaluation."""
 
 
 class TrainingLoop:
-    """Steps, records, held-out evaluations and saves, in that order, until the end or ``stop_after``.
+    """Steps, records, held-out evaluations and saves, in that order, until the end, until ``stop_after`` or
+    until somebody asks to stop.
 
     Args:
         config: the resolved configuration.
@@ -45,7 +70,11 @@ class TrainingLoop:
         held_out: makes the held-out micro-batches from their beginning; None when there are none.
         progress: where to start; advanced in place.
         sinks: where records go; empty on all processes but the first.
-        save: writes a checkpoint of the present state.
+        saver: writes checkpoints of the present state.
+        stops: what this process was asked.
+        check_owned: raises on the first process when the run has been taken over.
+        go_back: puts the state of the last good checkpoint back, if there is one, and returns its path.
+        beat: is told the step (0-based) and what it enters, for whoever watches.
     """
 
     def __init__(
@@ -56,7 +85,11 @@ class TrainingLoop:
         held_out: Callable[[], Batches] | None,
         progress: Progress,
         sinks: list[Sink],
-        save: Callable[[Progress], object],
+        saver: Saver,
+        stops: StopRequests,
+        check_owned: Callable[[], None],
+        go_back: Callable[[], Path | None],
+        beat: Callable[[int, str], None],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -64,28 +97,56 @@ class TrainingLoop:
         self.held_out = held_out
         self.progress = progress
         self.sinks = sinks
-        self.save = save
+        self.saver = saver
+        self.stops = stops
+        self.check_owned = check_owned
+        self.go_back = go_back
+        self.beat = beat
         self.end = config.training.stop_after or config.training.steps
+        self.agreement = Agreement()
+        self._began, self._saved_step = progress.step, 0
+        self._discarded_in_a_row = 0
+        self._went_back_to: Path | None = None
         self._timer = StepTimer()
         self._alarms = RoutingAlarms(config)
         self._held_out_alarms = HeldOutAlarms(config)
         self._forget()
 
     def run(self) -> None:
-        """Train to the end; the last step is always recorded, evaluated and saved."""
+        """Train to the end; the last step is always recorded, evaluated and saved.
+
+        Raises:
+            RunStopped: somebody asked to stop; the state is saved.
+            RunFencedError: the run has been taken over.
+            StorageFaultError: a checkpoint could not be written.
+            RunFaultError: the numbers stay out of range.
+        """
+        self.stops.training_begins()
+        if self.progress.owes_evaluation:
+            self.evaluate()
         while self.progress.step < self.end:
             norm = self.train_step()
-            if self._due(self.config.logging.interval):
+            if self.engine.discarded_update:
+                self._answer_discarded_update()
+            else:
+                self._discarded_in_a_row = 0
+            if self._due(self.config.logging.interval) and self._steps:
                 self.record(norm)
             if self._due(self.config.training.eval_interval):
                 self.evaluate()
             if self._due(self.config.checkpoint.interval):
-                self._aside(lambda: self.save(self.progress))
+                self._save()
+            self._heed()
+        self.beat(self.progress.step, "waiting for the last save")
+        self.saver.wait()
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns its gradient norm, still on the device."""
         rate = learning_rate(self.config, self.progress.step)
-        norm = self.engine.train_step(self.train_batches, self.progress.step, rate, self._sums)
+        step = self.progress.step
+        self.engine.accumulate_gradients(self._reported(self.train_batches, "micro-batch"), step, self._sums)
+        self.beat(step, "update")
+        norm = self.engine.apply_gradients(step, rate)
         self._steps += 1
         self.progress.step += 1
         self.progress.consumed_samples += self.config.training.global_batch_size
@@ -95,13 +156,13 @@ class TrainingLoop:
         """Reduce what was seen since the last record and write it.
 
         Raises:
-            TrainingError: the loss or the gradient norm is not finite; nothing after the last checkpoint
-                is kept.
+            RunFaultError: the loss is not finite although the gradients are; nothing after the last
+                checkpoint is kept.
         """
         seen = average(self._sums, self.config, self.engine.grid)
         grad_norm = float(norm)
         if not math.isfinite(seen.loss) or not math.isfinite(grad_norm):
-            raise TrainingError(
+            raise RunFaultError(
                 f"step {self.progress.step}: loss {seen.loss}, gradient norm {grad_norm}: the run diverged; "
                 "lower optimizer.learning_rate or raise schedule.warmup_steps, and resume from the last "
                 "checkpoint"
@@ -115,6 +176,7 @@ class TrainingLoop:
                 "steps": self.config.training.steps,
                 "tokens": self.progress.consumed_samples * self.config.data.sequence_length,
                 "loss": seen.loss,
+                "discarded_updates": self.progress.discarded_updates,
                 "learning_rate": learning_rate(self.config, self.progress.step - 1),
                 "grad_norm": grad_norm,
                 **speed,
@@ -128,21 +190,99 @@ class TrainingLoop:
         self._alarm(self._alarms.check(seen, warmed_up(self.config, self.progress.step - 1)))
         self._forget()
 
+    def _answer_discarded_update(self) -> None:
+        """Go on with the next data; after several in a row, from the state of the last good checkpoint.
+
+        The samples of the step count as consumed: no later step reads them. While the state may be at fault
+        it is not saved over a good one.
+
+        Raises:
+            RunFaultError: there is no good checkpoint, or going back to it did not help.
+        """
+        self._forget()
+        self._timer.read()
+        self._discarded_in_a_row += 1
+        self.progress.discarded_updates += 1
+        limit, step = self.config.training.max_discarded, self.progress.step
+        self._alarm([f"the gradients of step {step} are not finite: its update is discarded"])
+        if self._discarded_in_a_row < limit:
+            return
+        self.saver.wait()
+        checkpoint = self.go_back()
+        failed = f"the gradients of {limit} steps in a row, the last of them step {step}, are not finite"
+        mend = "lower optimizer.learning_rate or raise schedule.warmup_steps, and look at data and devices"
+        if checkpoint is None:
+            raise RunFaultError(f"{failed}, and there is no checkpoint to go back to: {mend}")
+        if checkpoint == self._went_back_to:
+            raise RunFaultError(f"{failed}, also after going back to {checkpoint}: {mend}")
+        self._alarm([f"{failed}: going on from the state of {checkpoint} with the data that follow"])
+        self._went_back_to, self._discarded_in_a_row = checkpoint, 0
+
     def evaluate(self) -> None:
-        """Held-out loss and densities over ``training.eval_sequences`` sequences."""
+        """Held-out loss and densities over ``training.eval_sequences`` sequences; owed if it is cut short."""
         if self.held_out is None:
             return
         training, grid = self.config.training, self.engine.grid
         micro_batches = training.eval_sequences // (training.micro_batch_size * grid.data.size)
-        held_out = self.held_out()
+        held_out = self._reported(self.held_out(), "evaluation, micro-batch")
 
         def measure() -> None:
-            seen = self.engine.evaluate(held_out, micro_batches, self.progress.step)
+            self.progress.owes_evaluation = True
+            try:
+                seen = self.engine.evaluate(held_out, micro_batches, self.progress.step, self._give_way)
+            except _GiveWay:
+                return
+            self.progress.owes_evaluation = False
             routing = routing_numbers(self.config, seen)
             self._write({"kind": "eval", "step": self.progress.step, "loss": seen.loss, **routing})
             self._alarm(self._held_out_alarms.check(seen))
 
         self._aside(measure)
+
+    def _reported(self, batches: Batches, phase: str) -> Batches:
+        """The same batches; taking one is a beat."""
+        for number, batch in enumerate(batches):
+            self.beat(self.progress.step, f"{phase} {number}")
+            yield batch
+
+    def _save(self) -> None:
+        """Begin to save, once a step; no state that may be at fault over a good one, unless the run ends."""
+        step = self.progress.step
+        if step == self._saved_step or (self.engine.discarded_update and step < self.end):
+            return
+        self.beat(step, "saving")
+        self._aside(lambda: self.saver.begin(self.progress))
+        self._saved_step = step
+
+    def _heed(self) -> None:
+        """Leave if any process has a reason to: the run taken over, a failed save, somebody who asks."""
+        self.beat(self.progress.step, "end of step")
+        fenced: RunFencedError | None = None
+        try:
+            self.check_owned()
+        except RunFencedError as error:
+            fenced = error
+        is_fenced, has_failed, asked = self.agreement.greatest(
+            fenced is not None, self.saver.failed, self.stops.now()
+        )
+        if is_fenced:
+            raise fenced or RunFencedError("a newer attempt has taken over, as the first process says")
+        if has_failed:
+            self.saver.wait()
+        if asked and self.progress.step < self.end:
+            self._save()
+            self.saver.wait()
+            self.stops.heeded()
+            raise RunStopped(
+                f"{Request(asked).describe()} at step {self.progress.step} of {self.end}; start again to "
+                f"continue from step {max(self._began, self._saved_step)}"
+            )
+
+    def _give_way(self) -> None:
+        """End an evaluation, on every process at once, if one of them was asked to stop."""
+        (asked,) = self.agreement.greatest(self.stops.now())
+        if asked:
+            raise _GiveWay
 
     def _due(self, interval: int) -> bool:
         step = self.progress.step

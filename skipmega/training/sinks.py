@@ -1,6 +1,7 @@
 """Where records of a run go: JSONL always, the terminal, TensorBoard and Weights & Biases by config."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,15 +21,26 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line, appended, on disk when :meth:`write` returns to the operating system."""
+    """One JSON object a line, appended, with the operating system when :meth:`write` returns.
+
+    What storage does not take (a full disk, say) is kept and written before the next record.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._warned = False
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(record) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self._file.name} waits: {error.strerror}", file=sys.stderr, flush=True)
+            self._warned = True
 
     def close(self) -> None:
         self._file.close()

@@ -4,7 +4,7 @@ DeepSpeed's public ``safe_get_full_*`` family assembles what ZeRO scattered over
 left is cut over the tensor axis only. Every data rank takes part in both directions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from deepspeed.utils import (
@@ -23,36 +23,71 @@ from skipmega.training.adafactor import ShardedAdafactor
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.optimizers import ADAM_MOMENTS, set_updates_done
 
-ReadTensors = Callable[[dict[str, LogicalTensor]], None]
+
+class HostBuffers:
+    """Host memory that one checkpoint's share of this process is copied into, the same every time.
+
+    Args:
+        device: where the state lives; for a GPU the memory is page-locked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def take_share(self, engine: TrainingEngine) -> dict[str, LogicalTensor]:
+        """Copy the tensors that this process is to write, keyed as by :func:`collect_state`; collective.
+
+        Among the ranks that hold the same weights, each tensor goes to the one with the least so far.
+        """
+        replicas, share = engine.grid.replicas, {}
+        loads = [0] * replicas.size
+        for key, tensor in _logical_state(engine):
+            owner = loads.index(min(loads))
+            loads[owner] += tensor.local.numel()
+            if owner == replicas.rank:
+                share[key] = LogicalTensor(self._copy(key, tensor.local), tensor.dim)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return share
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        if key not in self._buffers:
+            pinned = self._device.type == "cuda"
+            self._buffers[key] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=pinned)
+        return self._buffers[key].copy_(tensor.detach(), non_blocking=True)
 
 
 def collect_state(engine: TrainingEngine) -> dict[str, LogicalTensor]:
     """Copies on the CPU, float32, keyed ``weights/NAME``, ``optimizer/MOMENT/NAME`` and ``routing/NAME``."""
-    state: dict[str, LogicalTensor] = {}
+    return {
+        key: LogicalTensor(tensor.local.detach().to("cpu", torch.float32, copy=True), tensor.dim)
+        for key, tensor in _logical_state(engine)
+    }
+
+
+def _logical_state(engine: TrainingEngine) -> Iterator[tuple[str, LogicalTensor]]:
+    """One tensor after the other, whole but for the tensor axis, so that there is never more than one."""
     for name, parameter in engine.stage.named_parameters():
         dim = partition_dim(parameter)
-        state[f"weights/{name}"] = LogicalTensor(_to_cpu(safe_get_full_fp32_param(parameter)), dim)
+        yield f"weights/{name}", LogicalTensor(safe_get_full_fp32_param(parameter), dim)
         for moment in _full_moments(engine, parameter):
-            whole = _to_cpu(safe_get_full_optimizer_state(parameter, moment))
-            state[f"optimizer/{moment}/{name}"] = LogicalTensor(whole, dim)
-    for key, tensor in _factored_moments(engine):
-        state[key] = LogicalTensor(_to_cpu(tensor.local), tensor.dim)
+            whole = safe_get_full_optimizer_state(parameter, moment)
+            yield f"optimizer/{moment}/{name}", LogicalTensor(whole, dim)
+    yield from _factored_moments(engine)
     for name, live in engine.routing_tensors().items():
-        state[f"routing/{name}"] = LogicalTensor(_to_cpu(live), None)
-    return state
+        yield f"routing/{name}", LogicalTensor(live, None)
 
 
-def restore_state(engine: TrainingEngine, updates: int, read: ReadTensors) -> None:
+def restore_state(engine: TrainingEngine, updates: int, state: Mapping[str, LogicalTensor]) -> None:
     """Put a saved state back.
 
     Args:
-        engine: a fresh engine.
+        engine: any that was made from the same configuration.
         updates: optimizer updates done so far.
-        read: fills the tensors of a dict like :func:`collect_state`'s in place.
+        state: all of what :func:`collect_state` returns.
     """
     set_updates_done(engine.optimizer, updates)
-    state = collect_state(engine)
-    read(state)
     device = engine.grid.device
     set_weight, set_moment = _set_weight, safe_set_full_optimizer_state
     if engine.config.parallel.zero_stage == 3:
@@ -115,7 +150,3 @@ def _factored_moments(engine: TrainingEngine) -> Iterator[tuple[str, LogicalTens
                 cut = 0 if fragment.dim == dim else None
                 live = base.state[piece][f"{moment}/{fragment.name}"]
                 yield f"optimizer/{moment}/{fragment.name}", LogicalTensor(live, cut)
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -56,16 +56,11 @@ def move(precision, before, after):
     whole = collect_state(engine)
     release_grid()
 
-    def read(tensors):
-        assert tensors.keys() == half.keys()
-        for name, tensor in tensors.items():
-            assert tensor.dim == half[name].dim
-            tensor.local.copy_(half[name].local)
-
     engine, grid = make(after, precision)
     train(engine, grid, 0, 1)  # to be forgotten
-    restore_state(engine, updates, read)
+    restore_state(engine, updates, half)
     restored = collect_state(engine)
+    assert {name: tensor.dim for name, tensor in restored.items()} == {n: t.dim for n, t in half.items()}
     found = train(engine, grid, HALF, STEPS)
     final = collect_state(engine)
     release_grid()

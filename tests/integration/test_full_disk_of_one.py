@@ -28,7 +28,7 @@ def on_every_grid(config: Path, folder: Path) -> dict[str, Outcome]:
 
 def stop_fail_and_go_on(config: Path, run_dir: Path, grid: str) -> Outcome:
     """One step, one that cannot be saved, and that one again: the error, and the checkpoints after it."""
-    arguments = [f"run_dir={run_dir}", grid, "training.eval_interval=0"]
+    arguments = [f"run_dir={run_dir}", grid, "training.eval_interval=0", "checkpoint.retries=0"]
     process = discover_process()
     # one world for all starts
     with mock.patch.object(run, "end_communication", release_grid):

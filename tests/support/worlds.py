@@ -45,7 +45,7 @@ def run_world(
         (folder / "arguments").write_bytes(pickle.dumps(arguments))
         command = [sys.executable, "-c", _CHILD, name, function.__module__, function.__qualname__, str(limit)]
         outputs = [open(folder / f"output-{rank}", "w+") for rank in range(world_size)]  # noqa: SIM115
-        port = _free_port()
+        port = free_port()
         children = [
             subprocess.Popen(
                 command,
@@ -102,7 +102,8 @@ def _environment(function: Callable[..., Any], rank: int, world_size: int, port:
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

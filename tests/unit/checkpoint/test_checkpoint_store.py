@@ -1,5 +1,6 @@
 """Checkpoints of one process: complete or not there at all, and damage is never read."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from skipmega.checkpoint.store import Checkpoint, CheckpointStore
 from skipmega.config import RunConfig, build_config
-from skipmega.errors import CheckpointError
+from skipmega.errors import CheckpointDamagedError, CheckpointError, RunFencedError, StorageFaultError
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.logical import LogicalTensor
 
@@ -62,10 +64,17 @@ def test_what_was_saved_is_read_back(grid: ParallelGrid, tmp_path: Path) -> None
     assert names(path.parent) == ["step-00000100"], "no temporary folder remains"
 
 
-def test_the_manifest_lists_every_file_with_its_size(grid: ParallelGrid, tmp_path: Path) -> None:
+def test_the_manifest_lists_every_file_with_size_and_checksum(grid: ParallelGrid, tmp_path: Path) -> None:
     (path,) = save(grid, tmp_path, 1)
     listed = json.loads((path / "manifest.json").read_text())["files"]
-    found = {str(f.relative_to(path)): f.stat().st_size for f in path.rglob("*") if f.is_file()}
+    found = {
+        str(f.relative_to(path)): {
+            "size": f.stat().st_size,
+            "sha256": hashlib.sha256(f.read_bytes()).hexdigest(),
+        }
+        for f in path.rglob("*")
+        if f.is_file()
+    }
     del found["manifest.json"]
     assert listed == found
 
@@ -90,6 +99,98 @@ def truncate_manifest(path: Path) -> str:
 def other_manifest(path: Path) -> str:
     (path / "manifest.json").write_text("{}")
     return "manifest.json is not readable"
+
+
+def flip_a_bit(path: Path) -> str:
+    victim = next((path / "tensors").glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    return f"{victim.name} is not what was written (its SHA-256 differs)"
+
+
+def flip_a_bit_of_the_configuration(path: Path) -> str:
+    text = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(text.replace("num_layers: 4", "num_layers: 5"))
+    return "config.yaml is not what was written"
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, flip_a_bit_of_the_configuration])
+def test_damage_inside_a_file_is_found_before_anything_is_read(
+    grid: ParallelGrid, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
+    (path,) = save(grid, tmp_path, 10)
+    problem, found = damage(path), empty_like(tensors_of(10))
+    for read in (lambda: Checkpoint(path).read_into(found, grid), lambda: Checkpoint(path).read_weights()):
+        with pytest.raises(CheckpointDamagedError, match=r"is damaged: .*use an earlier one") as refused:
+            read()
+        assert problem in str(refused.value)
+    assert all((tensor.local == -7).all() for tensor in found.values())
+
+
+def test_the_first_format_is_read(grid: ParallelGrid, tmp_path: Path) -> None:
+    """Its manifest had sizes alone, and its temporary names no attempt."""
+    (path,) = save(grid, tmp_path, 10)
+    manifest = json.loads((path / "manifest.json").read_text())["files"]
+    sizes = {name: entry["size"] for name, entry in manifest.items()}
+    (path / "manifest.json").write_text(json.dumps({"files": sizes}))
+    check_content(Checkpoint.open(path), grid, 10)
+
+
+def test_too_little_space_is_seen_before_anything_is_written(grid: ParallelGrid, tmp_path: Path) -> None:
+    (good,) = save(grid, tmp_path, 1)
+    with (
+        mock.patch("skipmega.checkpoint.store.shutil.disk_usage", return_value=mock.Mock(free=10_000)),
+        pytest.raises(StorageFaultError, match=r"it needs 0\.0 MB, 0 MB are free; the last good .*00001$"),
+    ):
+        save(grid, tmp_path, 2)
+    assert names(tmp_path) == [good.name]
+
+
+def test_those_of_every_so_many_steps_are_kept_too(grid: ParallelGrid, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1, keep_every=10)
+    for step in (5, 10, 15, 20, 25):
+        store.save(grid, CONFIG, {"step": step}, tensors_of(step))
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000025"]
+
+
+def test_a_newer_attempt_s_temporary_folder_is_left_alone(grid: ParallelGrid, tmp_path: Path) -> None:
+    (tmp_path / "step-00000009.3.tmp").mkdir()
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(grid, CONFIG, {"step": 8}, tensors_of(8), attempt=2)
+    assert names(tmp_path) == ["step-00000008", "step-00000009.3.tmp"]
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_save_that_was_overtaken_leaves_nothing(grid: ParallelGrid, tmp_path: Path, passes: int) -> None:
+    """Whether the newer attempt came before it began or while it was writing."""
+    asked = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) > passes:
+            raise RunFencedError("attempt 2 has taken over")
+
+    with pytest.raises(RunFencedError, match="attempt 2 has taken over"):
+        CheckpointStore(tmp_path, keep=1).save(
+            grid, CONFIG, {"step": 8}, tensors_of(8), attempt=1, check_fence=check
+        )
+    assert names(tmp_path) == []
+
+
+def test_a_save_whose_folder_was_taken_away_never_gets_its_final_name(
+    grid: ParallelGrid, tmp_path: Path
+) -> None:
+    """A newer attempt comes after the last look for one: the older has no way to know."""
+    newer, looks = CheckpointStore(tmp_path, keep=1), iter([lambda: None, None])
+
+    def check() -> None:
+        if next(looks) is None:
+            newer.remove_unfinished(1)
+
+    with pytest.raises(StorageFaultError, match="No such file or directory"):
+        newer.save(grid, CONFIG, {"step": 8}, tensors_of(8), attempt=1, check_fence=check)
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("damage", [truncate_tensors, lose_metadata, truncate_manifest, other_manifest])
@@ -197,7 +298,7 @@ import resource, signal, sys, torch
 from pathlib import Path
 from skipmega.checkpoint.store import CheckpointStore
 from skipmega.config import build_config
-from skipmega.errors import CheckpointError
+from skipmega.errors import CheckpointDamagedError, CheckpointError, RunFencedError, StorageFaultError
 from skipmega.parallel.process import ProcessInfo
 from skipmega.parallel.grid import create_grid
 from skipmega.parallel.logical import LogicalTensor

@@ -1,6 +1,8 @@
 """A run's folder: one run each, continued when it is the same run, refused when it is not."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, build_config, dump_config
-from skipmega.errors import CheckpointError
+from skipmega.errors import CheckpointError, RunFencedError
 from skipmega.launch.run_folder import RunFolder
 
 
@@ -34,12 +36,19 @@ def put_checkpoint(folder: Path, config: RunConfig, step: int) -> Path:
     return path
 
 
+def start(config: RunConfig, step: int) -> int:
+    folder = RunFolder(config)
+    attempt = folder.claim_attempt()
+    folder.begin_records(step)
+    return attempt
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Of a run that has reached step 20."""
     path = tmp_path / "run"
     config = make_config(path)
-    assert RunFolder(config).start_attempt() == 1
+    start(config, step=0)
     for step in (10, 20):
         put_checkpoint(path / "checkpoints", config, step)
     return path
@@ -56,6 +65,7 @@ def test_checking_a_new_folder_writes_nothing(tmp_path: Path) -> None:
 def test_sample_indices_of_a_start_that_failed_are_nothing_foreign(tmp_path: Path) -> None:
     folder = RunFolder(make_config(tmp_path / "run"))
     folder.index_cache.mkdir(parents=True)
+    folder.claim_attempt()
     assert folder.check() is None
 
 
@@ -64,7 +74,7 @@ def test_a_file_in_the_folder_s_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no run \(found a file called run\): choose another"):
         RunFolder(make_config(tmp_path / "run")).check()
     with pytest.raises(CheckpointError, match=r"cannot write run_dir=.*run/below: Not a directory; make it"):
-        RunFolder(make_config(tmp_path / "run" / "below")).start_attempt()
+        RunFolder(make_config(tmp_path / "run" / "below")).claim_attempt()
 
 
 def test_auto_continues_from_the_newest(run_dir: Path) -> None:
@@ -75,14 +85,62 @@ def test_auto_continues_from_the_newest(run_dir: Path) -> None:
 
 def test_auto_starts_over_when_nothing_was_saved_yet(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
-    RunFolder(config).start_attempt()
+    start(config, step=0)
     assert RunFolder(config).check() is None
 
 
 def test_attempts_are_counted_and_the_configuration_kept(run_dir: Path) -> None:
     config = make_config(run_dir, optimizer={"learning_rate": 0.5})
-    assert [RunFolder(config).start_attempt() for _ in range(2)] == [2, 3]
+    assert [start(config, step=20) for _ in range(2)] == [2, 3]
     assert (run_dir / "config.yaml").read_text() == dump_config(config)
+
+
+def test_of_attempts_that_claim_at_once_each_gets_a_number_of_its_own(tmp_path: Path) -> None:
+    folder = RunFolder(make_config(tmp_path / "run"))
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(lambda _: folder.claim_attempt(), range(32)))
+    assert sorted(numbers) == list(range(1, 33))
+
+
+def test_the_newest_attempt_owns_the_run_and_names_itself_to_the_older(run_dir: Path) -> None:
+    folder = RunFolder(make_config(run_dir))
+    folder.check_owned(1)
+    assert folder.claim_attempt() == 2
+    folder.check_owned(2)
+    with pytest.raises(
+        RunFencedError,
+        match=rf"attempt 2 \(host .*, process {os.getpid()}\) has taken over run_dir={run_dir}; attempt 1",
+    ):
+        folder.check_owned(1)
+
+
+def test_claiming_takes_away_what_older_attempts_are_still_saving(run_dir: Path) -> None:
+    checkpoints = run_dir / "checkpoints"
+    for name in ("step-00000030.1.tmp", "step-00000030.7.tmp", "step-00000030.tmp"):
+        (checkpoints / name).mkdir()
+    assert RunFolder(make_config(run_dir)).claim_attempt() == 2
+    assert sorted(entry.name for entry in checkpoints.iterdir()) == [
+        "step-00000010",
+        "step-00000020",
+        "step-00000030.7.tmp",
+    ]
+
+
+def test_records_beyond_the_step_it_starts_from_are_dropped(run_dir: Path) -> None:
+    """With those torn by a full disk or a kill; an older attempt that is still writing writes to nowhere."""
+    metrics = run_dir / "metrics.jsonl"
+    lines = [json.dumps({"kind": "train", "step": step}) + "\n" for step in (10, 20, 30)]
+    metrics.write_text("".join(lines) + '{"kind": "train", "st')
+    with metrics.open("a") as older:
+        RunFolder(make_config(run_dir)).begin_records(20)
+        older.write("of an older attempt")
+    assert metrics.read_text() == "".join(lines[:2])
+
+
+def test_all_that_were_complete_are_candidates_newest_first(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "step-00000020" / "manifest.json").write_text("")
+    found = RunFolder(make_config(run_dir)).candidates()
+    assert [checkpoint.path.name for checkpoint in found] == ["step-00000020", "step-00000010"]
 
 
 def test_never_refuses_a_run_that_is_there(run_dir: Path) -> None:

@@ -90,12 +90,16 @@ def test_the_engine_multiplies_the_scheduled_rate_by_the_group_s() -> None:
     stepped = []
     engine: Any = SimpleNamespace(
         optimizer=optimizer,
+        discarded_update=False,
         _deepspeed=SimpleNamespace(
             step=lambda: stepped.append([group["lr"] for group in optimizer.param_groups]),
             get_global_grad_norm=lambda: 2.5,
         ),
-        _controllers=[SimpleNamespace(end_step=stepped.append)] * 2,
+        _controllers=[SimpleNamespace(end_step=stepped.append, forget_step=lambda: None)] * 2,
     )
     norm = TrainingEngine.apply_gradients(engine, 7, 0.25)
     assert stepped == [[0.25, 1.0], 7, 7], "the rates before the update, the controllers after it"
     assert float(norm) == 2.5
+    engine.discarded_update = True
+    TrainingEngine.apply_gradients(engine, 8, 0.25)
+    assert stepped[3:] == [[0.25, 1.0]], "an update that was discarded moves no controller"

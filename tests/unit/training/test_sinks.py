@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -137,3 +138,25 @@ def test_the_configuration_chooses_the_sinks(tmp_path: Path) -> None:
     assert sinks_of(tmp_path, tensorboard=True) == ["JsonlSink", "ConsoleSink", "TensorBoardSink"]
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_records_that_storage_refuses_wait_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Half a line may be written before the disk is full; the next record comes after the other half."""
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    write, full = sink._file.write, OSError(28, "No space left on device")
+    answers = iter([lambda text: write(text[:5]), full, full, write, write])
+
+    def refuse(text: bytes) -> int:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return int(answer(text))
+
+    with mock.patch.object(sink, "_file", mock.Mock(write=refuse, close=sink._file.close)):
+        sink._file.name = "metrics.jsonl"
+        for step in (1, 2, 3):
+            sink.write({"kind": "train", "step": step})
+    sink.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert capfd.readouterr().err == "warning: metrics.jsonl waits: No space left on device\n"
