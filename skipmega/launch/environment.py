@@ -1,8 +1,8 @@
 """Which process am I? The one place that reads what launchers leave in the environment.
 
-torchrun and the deepspeed launcher set torch's five variables; srun numbers its tasks in ``SLURM_*``; mpirun is
-asked through mpi4py. A launcher within another (torchrun in a task of srun, say) is right when one of the inner
-stands in every task of the outer, and they know of each other.
+torchrun and the deepspeed launcher set torch's five variables; srun numbers its tasks in ``SLURM_*``; mpirun
+is asked through mpi4py. A launcher within another (torchrun in tasks of srun, say) is right when there is one
+in every task of the outer, and they know of each other.
 """
 
 import os
@@ -116,12 +116,9 @@ def _refuse_unused_tasks() -> None:
 
 
 def _meet_through_srun(tasks: _Tasks) -> tuple[ProcessInfo, str, int]:
-    local = _number("SLURM_LOCALID", "srun")
-    if (
-        len(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1
-        and "CUDA_VISIBLE_DEVICES" in os.environ
-    ):
-        local = 0  # --gpus-per-task: each task sees its own GPU alone
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    sees_one = visible != "" and "," not in visible  # --gpus-per-task: each task sees its own alone
+    local = 0 if sees_one else _number("SLURM_LOCALID", "srun")
     try:
         address = first_host(os.environ["SLURM_STEP_NODELIST"])
     except KeyError as missing:
