@@ -1,8 +1,15 @@
-"""The errors a user can cause. Each message names the field or file, the value found and the mend."""
+"""Why a run or a tool ends early. Each message names the field or file, the value found and the mend."""
+
+from typing import ClassVar
+
+from skipmega import exit_codes
 
 
 class SkipmegaError(Exception):
-    """Base of every error that is the user's to mend; scripts print it without a traceback."""
+    """Base of all; scripts print it without a traceback, after ``label``, and exit with ``exit_code``."""
+
+    exit_code: ClassVar[int] = exit_codes.USER_ERROR
+    label: ClassVar[str] = "error"
 
 
 class ConfigError(SkipmegaError):
@@ -18,4 +25,23 @@ class CheckpointError(SkipmegaError):
 
 
 class TrainingError(SkipmegaError):
-    """A run that cannot sensibly go on, e.g. because its loss is not finite."""
+    """A run that cannot sensibly go on, e.g. because it failed before its first record."""
+
+
+class RunFaultError(TrainingError):
+    """Numbers or storage failed in a way that starting again as it is would repeat."""
+
+    exit_code = exit_codes.STOPPED_BY_FAULT
+
+
+class RunStopped(SkipmegaError):  # noqa: N818 (nothing went wrong)
+    """A signal, a stop file or the longest duration ended the run before its last step; state is saved."""
+
+    exit_code = exit_codes.REQUEUE
+    label = "stopped"
+
+
+class RunFencedError(SkipmegaError):
+    """A newer attempt owns the run folder; nothing more is written to it."""
+
+    exit_code = exit_codes.FENCED

@@ -6,27 +6,27 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from skipmega import exit_codes
 from skipmega.errors import SkipmegaError
-
-USER_ERROR_EXIT = 2
 
 
 def run_script(main: Callable[[], None]) -> NoReturn:
-    """Run ``main`` and exit 0; what the user can mend is printed as one message and exits 2.
+    """Run ``main`` and exit with a status of :mod:`skipmega.exit_codes`.
 
-    That is every :class:`SkipmegaError`, and what the operating system refuses (a full disk, say).
+    Every :class:`SkipmegaError` is printed as one message and has a status of its own; what the operating
+    system refuses (a full disk, say) is the user's to mend.
     """
     quiet_libraries()
     try:
         main()
     except SkipmegaError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT)
+        print(f"{error.label}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT)
-    sys.exit(0)
+        sys.exit(exit_codes.USER_ERROR)
+    sys.exit(exit_codes.DONE)
 
 
 def quiet_libraries() -> None:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from skipmega.errors import DataError
+from skipmega.errors import (
+    CheckpointError,
+    DataError,
+    RunFaultError,
+    RunFencedError,
+    RunStopped,
+    SkipmegaError,
+)
 from skipmega.launch.cli import run_script
 
 
@@ -24,6 +31,24 @@ def test_what_can_be_mended_is_one_sentence(
     with pytest.raises(SystemExit) as ended:
         run_script(lambda: fail_with(error))
     assert ended.value.code == 2
+    assert capfd.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (CheckpointError("no space"), 2, "error: no space\n"),
+        (RunStopped("SIGTERM at step 3"), 75, "stopped: SIGTERM at step 3\n"),
+        (RunFencedError("attempt 2 runs"), 76, "error: attempt 2 runs\n"),
+        (RunFaultError("loss nan"), 78, "error: loss nan\n"),
+    ],
+)
+def test_the_status_says_whether_to_start_again(
+    error: SkipmegaError, code: int, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: fail_with(error))
+    assert ended.value.code == code
     assert capfd.readouterr().err == message
 
 

@@ -1,0 +1,8 @@
+"""What a training process's exit status says to whoever started it: the contract with schedulers."""
+
+DONE = 0  # the run reached its end
+USER_ERROR = 2  # the message says what to mend; starting again as it is fails again
+REQUEUE = 75  # state saved as a limit or a signal asked: start again to continue (EX_TEMPFAIL)
+FENCED = 76  # a newer attempt owns the run folder: leave it alone
+HUNG = 77  # the watchdog ended it; starting again continues from the last checkpoint
+STOPPED_BY_FAULT = 78  # numbers or storage are at fault and repeating has not mended it: a person must look
