@@ -1,9 +1,12 @@
 """What every script in ``tools/`` and ``pretrain/`` shares: errors as sentences, and quiet libraries."""
 
+import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from skipmega import exit_codes
@@ -14,19 +17,28 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     """Run ``main`` and exit with a status of :mod:`skipmega.exit_codes`.
 
     Every :class:`SkipmegaError` is printed as one message and has a status of its own; what the operating
-    system refuses (a full disk, say) is the user's to mend.
+    system refuses (a full disk, say) is the user's to mend. Where a batch script gave a folder in
+    ``SKIPMEGA_EXIT_DIR``, a file there is named after the status: torchrun, for one, hides it.
     """
     quiet_libraries()
     try:
         main()
     except SkipmegaError as error:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr, flush=True)
-        sys.exit(exit_codes.USER_ERROR)
-    sys.exit(exit_codes.DONE)
+        _leave(exit_codes.USER_ERROR)
+    _leave(exit_codes.DONE)
+
+
+def _leave(status: int) -> NoReturn:
+    folder = os.environ.get("SKIPMEGA_EXIT_DIR")
+    if folder and status != exit_codes.DONE:
+        with contextlib.suppress(OSError):  # the status itself is still there to be seen
+            Path(folder, str(status)).touch()
+    sys.exit(status)
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,5 @@
-"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``index_cache/``; one run each."""
+"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``index_cache/``, ``slurm/`` (its
+submissions); one run each."""
 
 import json
 from pathlib import Path
@@ -90,10 +91,12 @@ class RunFolder:
         return attempt
 
     def _foreign(self) -> list[str]:
-        """Names in a folder without a run; a start that failed may have left its sample indices."""
+        """Names in a folder without a run; a start that failed may have left its sample indices, and a
+        submission precedes the run."""
         if not self.path.is_dir():
             return [f"a file called {self.path.name}"] if self.path.exists() else []
-        return sorted(entry.name for entry in self.path.iterdir() if entry != self.index_cache)
+        before = (self.index_cache, self.path / "slurm")
+        return sorted(entry.name for entry in self.path.iterdir() if entry not in before)
 
 
 def refuse_changes(there: RunConfig, here: RunConfig, fields: tuple[str, ...], owner: str) -> None:
