@@ -52,7 +52,11 @@ finish() { # exit code, event, why: nothing follows
   exit "$1"
 }
 
+# a person's: status.py --stop
+stop_for_good() { [ ! -e "$SUBMISSION/stop" ] || finish 0 stopped "as asked; submit again to continue"; }
+
 again() { # event, why
+  stop_for_good
   if ! is_latest; then
     echo "attempt $RESTART: $2, but a newer attempt owns the job" >&2
     exit 76
@@ -100,6 +104,7 @@ attempt() {
   [ "$(cat "$RUN/stop" 2>/dev/null)" = slurm ] && rm -f "$RUN/stop"
   rm -f "$SUBMISSION/exit_status"
   before=$(newest_checkpoint)
+  stop_for_good
   record start "${SLURM_JOB_NODELIST:-}"
   [ "$(attempts_here)" -gt "$MAX_STALLED" ] && finish 1 gave-up "$MAX_STALLED attempts in a row made no progress"
   trap warn USR1
@@ -110,15 +115,11 @@ attempt() {
   [ -n "$ended" ] && [ -z "$warned" ] && [ "$code" != 0 ] && record left "SLURM ended it (exit code $code)" && exit "$code"
   case $code in
     0) finish 0 done "the run is complete" ;;
-    2) # what was right for an attempt before can be mended by another node
-      [ "$RESTART" = 0 ] && finish 2 refused "an error for you to mend, see the log; then submit again"
+    2) # what an attempt before was content with can be mended by another node, and a file not found is no refusal
+      [ "$RESTART" = 0 ] && [ -e "$SKIPMEGA_EXIT_DIR/2" ] &&
+        finish 2 refused "an error for you to mend, see the log; then submit again"
       again failed "exit code 2" ;;
-    75)
-      if [ -e "$RUN/stop" ] && [ "$(cat "$RUN/stop")" != slurm ]; then
-        rm -f "$RUN/stop"
-        finish 0 stopped "asked by a file $RUN/stop; submit again to continue"
-      fi
-      again saved "a checkpoint was saved when asked to" ;;
+    75) again saved "a checkpoint was saved when asked to" ;;
     76) echo "attempt $RESTART: a newer attempt owns the run" >&2; exit 76 ;;
     78) finish 78 fault "stopped by a fault that another attempt would meet again, see the log" ;;
     *) again failed "exit code $code" ;;

@@ -19,16 +19,21 @@ def main() -> None:
     parser.add_argument("run", nargs="+", type=Path, help="run folders")
     parser.add_argument("--attempts", action="store_true", help="also list what happened to each attempt")
     parser.add_argument("--follow", action="store_true", help="show changes until the run ends (one run)")
+    parser.add_argument(
+        "--stop", action="store_true", help="save now and end for good, or until submitted again"
+    )
     arguments = parser.parse_args()
     if arguments.follow and len(arguments.run) > 1:
         parser.error("--follow takes one run")
 
-    from skipmega.launch.slurm.status import follow, read_status
+    from skipmega.launch.slurm.status import ask_to_stop, follow, read_status
 
     if arguments.follow:
         follow(arguments.run[0])
         return
     for run in arguments.run:
+        if arguments.stop:
+            ask_to_stop(run)
         status = read_status(run)
         print(f"{run}: {status.describe()}")
         if arguments.attempts:

@@ -8,6 +8,7 @@
 #   cluster.sh kill-node BASE nodeN                power off
 #   cluster.sh kill-slurmd BASE nodeN              the daemon dies, what it started lives on
 #   cluster.sh cut-node BASE nodeN                 pull the cable
+#   cluster.sh hide BASE nodeN FOLDER              the node sees an empty folder in its place, until it reboots
 #   cluster.sh repair BASE                         all nodes as they were; waits until they are idle
 #   cluster.sh reconfigure BASE GRACE PARAMETERS   GraceTime of the low partition, SlurmctldParameters
 #
@@ -238,6 +239,7 @@ case $verb in
   kill-node) power_off "$3" ;;
   kill-slurmd) kill -9 "$(slurmd_of "$3")" ;;
   cut-node) inside ctl ip link set "v${3#node}" down ;;
+  hide) inside "$3" mount -t tmpfs none "$4" ;;
   repair) repair ;;
   reconfigure) write_configuration "$3" "$4"; "$BASE/bin/scontrol" reconfigure ;;
   *) die "unknown verb $verb" ;;

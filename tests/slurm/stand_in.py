@@ -45,6 +45,11 @@ def main() -> int:
                 return FENCED
             save(step, state)
         if stop:
+            if rank == 0:
+                time.sleep(
+                    0.5
+                )  # the other tasks of a stand-in do not agree on the step: they look for themselves
+                (run / "stop").unlink(missing_ok=True)
             return REQUEUE
     return DONE
 

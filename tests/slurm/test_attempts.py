@@ -19,7 +19,7 @@ from conftest import Cluster
 from skipmega.config import RunConfig
 from skipmega.launch.slurm.jobs import Job, Submission, next_submission, render_job, submit_job
 from skipmega.launch.slurm.profile import Profile
-from skipmega.launch.slurm.status import read_events, read_status
+from skipmega.launch.slurm.status import ask_to_stop, read_events, read_status
 from support.worlds import ROOT
 
 STEPS = 30
@@ -141,14 +141,14 @@ def test_what_ends_a_job_and_what_brings_it_back(cluster: Cluster, start: Callab
 
 
 def test_a_warning_saves_and_requeues(cluster: Cluster, start: Callable[..., Run], repository: Path) -> None:
-    """SLURM's signal to the batch shell, a requeue by hand, a file `stop` of the user's, a new submission."""
+    """SLURM's signal to the batch shell, a requeue by hand, a person's wish to stop, a new submission."""
     warned, stopped = start("warned", nodes=1), start("stopped", {"steps": 60}, nodes=1)
     requeued = start("requeued", nodes=1)
     for run in (warned, stopped, requeued):
         run.wait_for_steps(5)
     cluster.command("scancel", "--batch", "--signal=USR1", str(warned.job))
     cluster.command("scontrol", "requeue", str(requeued.job))
-    (stopped.folder / "stop").touch()
+    ask_to_stop(stopped.folder)
     ended = cluster.wait_for_end(warned.job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), warned.log
     assert warned.events == ["start", "saved", "start", "done"]

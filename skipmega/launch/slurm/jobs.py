@@ -19,7 +19,6 @@ from skipmega.launch.estimate import GIB, Estimate, estimate
 from skipmega.launch.run_folder import RunFolder
 from skipmega.launch.slurm import client
 from skipmega.launch.slurm.profile import Profile
-from skipmega.models.stages import cut_stages
 
 Launcher = Literal["srun", "torchrun", "mpirun"]
 _SNAPSHOT = ("skipmega", "pretrain", "tools", "slurm")
@@ -93,7 +92,6 @@ def check_job(config: RunConfig, job: Job, profile: Profile) -> Estimate:
     if job.nodes < 1 or job.gpus_per_node < 1:
         raise ConfigError(f"--nodes {job.nodes} and --gpus-per-node {job.gpus_per_node} must be at least 1")
     cost = estimate(config, job.processes, profile.mfu, profile.peak_tflops)
-    cut_stages(config)
     if config.data.tokenizer is None or not Path(config.data.tokenizer).is_file():
         raise ConfigError(f"data.tokenizer={config.data.tokenizer} is no file that is visible here")
     for source in (*config.data.train, *config.data.valid):
@@ -149,7 +147,8 @@ def render_job(config: RunConfig, job: Job, profile: Profile, submission: Submis
         here=os.getcwd(),
         sbatch_options=[(name, value) for name, value in options.items() if value],
         environment={**profile.environment, **job.environment},
-        srun=shlex.join(["srun", f"--nodes={job.nodes}", *profile.srun_options, *_pyxis(job, profile)]),
+        srun_processes=_srun(job, profile, job.gpus_per_node),
+        srun_nodes=_srun(job, profile, 1),
         container=_apptainer(job, profile),
     )
 
@@ -225,6 +224,18 @@ def _commit(root: Path) -> dict[str, str]:
     except OSError:
         return {"commit": "unknown"}
     return {"commit": said.stdout.strip() or "unknown"}
+
+
+def _srun(job: Job, profile: Profile, tasks_per_node: int) -> str:
+    """The start of a command that runs that many tasks on every node, with all of the node's CPUs."""
+    options = [
+        f"--nodes={job.nodes}",
+        f"--ntasks={job.nodes * tasks_per_node}",
+        f"--ntasks-per-node={tasks_per_node}",
+    ]
+    if profile.cpus_per_process is not None:  # since SLURM 22.05 srun does not take it from the job
+        options.append(f"--cpus-per-task={profile.cpus_per_process * job.gpus_per_node // tasks_per_node}")
+    return shlex.join(["srun", *options, *profile.srun_options, *_pyxis(job, profile)])
 
 
 def _pyxis(job: Job, profile: Profile) -> list[str]:

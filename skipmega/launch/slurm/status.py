@@ -94,6 +94,19 @@ def read_status(run: Path) -> RunStatus:
     )
 
 
+def ask_to_stop(run: Path) -> None:
+    """Make a run save, and its job end without another attempt.
+
+    Raises:
+        LaunchError: the run was never submitted, or its job does not live.
+    """
+    status = read_status(run)
+    if not status.is_live:
+        raise LaunchError(f"{run} is not in the queue: {status.describe()}")
+    (status.submission.path / "stop").touch()
+    (run / "stop").touch()
+
+
 def read_events(submission: Submission) -> list[Event]:
     """What happened to a submission's attempts, in order."""
     file = submission.path / "attempts.tsv"
