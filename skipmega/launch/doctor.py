@@ -55,7 +55,8 @@ def check_node(config: RunConfig | None) -> list[Finding]:
     """
     found = [(message, False) for message in (*_versions(), *_limits(), *_locks())]
     if config is not None:
-        found += [(message, True) for message in (*_unseen(config), *_space(config))]
+        # how much space is needed follows from the tokenizer
+        found += [(message, True) for message in list(_unseen(config)) or _space(config)]
     return [Finding(_node(), message, fatal) for message, fatal in found]
 
 
