@@ -40,7 +40,7 @@ def prepare_shard(
     if not files[shard]:
         return []
     target = _shard_prefix(prefix, shard, shards)
-    done = _finished(target, files[shard], tokenizer, valid_fraction)
+    done = _finished(target, files[shard], corpus.text_field, tokenizer, valid_fraction)
     if done:
         return done
     part = Corpus(
@@ -69,7 +69,9 @@ def merge_shards(
     finished = []
     for shard, files in enumerate(_files(corpus, shards)):
         target = _shard_prefix(prefix, shard, shards)
-        done = _finished(target, files, tokenizer, valid_fraction) if files else []
+        done: list[PreparedPair] = []
+        if files:
+            done = _finished(target, files, corpus.text_field, tokenizer, valid_fraction)
         if files and not done:
             raise DataError(
                 f"shard {shard} of {shards} is missing ({target}.*): prepare it, then merge again"
@@ -87,6 +89,19 @@ def merge_shards(
     return merged
 
 
+def check_shards(corpus: Corpus, shards: int) -> None:
+    """Refuse a number of shards that the corpus cannot be cut into.
+
+    Raises:
+        DataError: there are fewer files.
+    """
+    if not 1 <= shards <= len(corpus.files):
+        raise DataError(
+            f"{shards} shards of a corpus of {len(corpus.files)} files: a file is not cut, so use 1 to "
+            f"{len(corpus.files)} shards, or cut the corpus into more files"
+        )
+
+
 def shards_folder(prefix: Path) -> Path:
     """Where the shards of a preparation are."""
     return prefix.with_name(f"{prefix.name}.shards")
@@ -98,11 +113,7 @@ def _shard_prefix(prefix: Path, shard: int, shards: int) -> Path:
 
 def _files(corpus: Corpus, shards: int) -> list[list[SourceFile]]:
     """The corpus's files by shard, in order; a file is where its middle is."""
-    if not 1 <= shards <= len(corpus.files):
-        raise DataError(
-            f"{shards} shards of a corpus of {len(corpus.files)} files: a file is not cut, so use 1 to "
-            f"{len(corpus.files)} shards, or cut the corpus into more files"
-        )
+    check_shards(corpus, shards)
     result: list[list[SourceFile]] = [[] for _ in range(shards)]
     start = 0
     for file in corpus.files:
@@ -113,7 +124,7 @@ def _files(corpus: Corpus, shards: int) -> list[list[SourceFile]]:
 
 
 def _finished(
-    target: Path, files: list[SourceFile], tokenizer: Tokenizer, valid_fraction: float
+    target: Path, files: list[SourceFile], text_field: str, tokenizer: Tokenizer, valid_fraction: float
 ) -> list[PreparedPair]:
     """The pairs of a shard, if all are there.
 
@@ -125,17 +136,23 @@ def _finished(
         manifest = read_manifest(path)
         if manifest is None:
             return []
-        _check_same(path, manifest, files, tokenizer, valid_fraction)
+        _check_same(path, manifest, files, text_field, tokenizer, valid_fraction)
         pairs.append(PreparedPair(path, manifest))
     return pairs
 
 
 def _check_same(
-    path: Path, manifest: Manifest, files: list[SourceFile], tokenizer: Tokenizer, valid_fraction: float
+    path: Path,
+    manifest: Manifest,
+    files: list[SourceFile],
+    text_field: str,
+    tokenizer: Tokenizer,
+    valid_fraction: float,
 ) -> None:
     sources = tuple(SourceRecord(path=str(file.path), bytes=file.size) for file in files)
     for what, there, here in (
         ("the tokenizer's SHA-256", manifest.tokenizer.sha256, tokenizer.sha256),
+        ("text_field", manifest.text_field, text_field),
         ("valid_fraction", manifest.valid_fraction, valid_fraction),
         ("the files", [item.path for item in manifest.sources], [item.path for item in sources]),
         ("the files' sizes", [item.bytes for item in manifest.sources], [item.bytes for item in sources]),

@@ -52,6 +52,14 @@ class Run:
             assert time.monotonic() < end, self.log
             time.sleep(0.1)
 
+    def wait_for_second_attempt(self, event: str) -> None:
+        """Until it starts; prints how long that took (`pytest -s`)."""
+        began = time.monotonic()
+        while self.events.count("start") < 2:
+            assert time.monotonic() < began + 120, self.log
+            time.sleep(0.1)
+        print(f"\nfrom {event} to the next attempt: {time.monotonic() - began:.0f} s")
+
     def assert_complete(self) -> None:
         """The last checkpoint is that of a run nobody disturbed."""
         state = ""
@@ -146,9 +154,10 @@ def test_a_warning_saves_and_requeues(cluster: Cluster, start: Callable[..., Run
     requeued = start("requeued", nodes=1)
     for run in (warned, stopped, requeued):
         run.wait_for_steps(5)
-    cluster.command("scancel", "--batch", "--signal=USR1", str(warned.job))
-    cluster.command("scontrol", "requeue", str(requeued.job))
     ask_to_stop(stopped.folder)
+    cluster.command("scontrol", "requeue", str(requeued.job))
+    cluster.command("scancel", "--batch", "--signal=USR1", str(warned.job))
+    warned.wait_for_second_attempt("a warning")
     ended = cluster.wait_for_end(warned.job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), warned.log
     assert warned.events == ["start", "saved", "start", "done"]
@@ -187,6 +196,7 @@ def test_preemption(cluster: Cluster, start: Callable[..., Run]) -> None:
         time.sleep(0.1)
     time.sleep(1)  # some steps
     cluster.command("srun", "--partition=high", "--nodes=3", "--ntasks=3", "--exclusive", "true")
+    run.wait_for_second_attempt("the end of the job that took its nodes")
     ended = cluster.wait_for_end(run.job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.log
     assert run.events == ["start", "left", "start", "done"]
@@ -204,6 +214,7 @@ def test_a_node_that_dies(cluster: Cluster, start: Callable[..., Run], what: str
     run.wait_for_steps(10)
     hosts = cluster.command("scontrol", "show", "hostnames", cluster.wait(run.job, bool)["NodeList"]).split()
     cluster.do("kill-slurmd" if lives_on else "kill-node", hosts[1 if what == "another node" else 0])
+    run.wait_for_second_attempt(f"the death of {what}")
     ended = cluster.wait_for_end(run.job, 120)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.log
     run.assert_complete()

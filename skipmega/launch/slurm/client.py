@@ -12,13 +12,13 @@ LIVE_STATES = frozenset(
 )
 
 
-def submit(script: str) -> int:
-    """Queue a batch script's text; returns the job's number.
+def submit(script: str, *options: str) -> int:
+    """Queue a batch script's text, with options of sbatch beside its own; returns the job's number.
 
     Raises:
         LaunchError: sbatch is missing, or refuses.
     """
-    return int(_sbatch(script, "--parsable").stdout.split(";")[0])
+    return int(_sbatch(script, "--parsable", *options).stdout.split(";")[0])
 
 
 def ask_whether_it_could_run(script: str) -> str:
@@ -41,7 +41,7 @@ def show_job(job: int | str) -> dict[str, str]:
         if "Invalid job id" in shown.stderr:
             return {}
         raise LaunchError(f"scontrol show job {job} failed: {shown.stderr.strip()}")
-    record = shown.stdout.splitlines()[-1]
+    record = shown.stdout.splitlines()[-1].rstrip()
     return dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(.*?)(?= [A-Za-z:/]+=|$)", record))
 
 
@@ -50,8 +50,8 @@ def is_live(job: int | str) -> bool:
     return show_job(job).get("JobState", "") in LIVE_STATES
 
 
-def _sbatch(script: str, option: str) -> "subprocess.CompletedProcess[str]":
-    done = _run(["sbatch", option], script)
+def _sbatch(script: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    done = _run(["sbatch", *options], script)
     if done.returncode:
         said = done.stderr.replace("sbatch: error: ", "").replace("sbatch: ", "").strip()
         raise LaunchError(f"SLURM refuses the job, nothing was queued: {said}\n{_mend(said)}")

@@ -70,6 +70,8 @@ def test_a_finished_shard_is_left_alone_and_a_missing_one_is_named(
     assert first.stat() == before
     with pytest.raises(DataError, match="a shard of something else: the tokenizer's SHA-256"):
         prepare_shard(corpus, target, other_tokenizer, 0, 3)
+    with pytest.raises(DataError, match="a shard of something else: text_field: text there, body here"):
+        prepare_shard(Corpus([tmp_path / "corpus"], text_field="body"), target, tokenizer, 0, 3)
     (tmp_path / "corpus" / "0.jsonl").write_text(json.dumps({"text": "import sys\n" * 5}) + "\n")
     with pytest.raises(DataError, match="a shard of something else: the files' sizes"):
         prepare_shard(Corpus([tmp_path / "corpus"]), target, tokenizer, 0, 3)
