@@ -39,13 +39,18 @@ end() { ended=1; ask_to_stop; }
 
 ask_to_stop() { echo slurm >"$RUN/stop"; }
 
-is_latest() { # a batch script that was cut off lives on while its job runs elsewhere, with more restarts
-  local restarts
-  restarts=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE ' Restarts=[0-9]+' | cut -d= -f2)
-  [ "$restarts" = "$RESTART" ]
+# A batch script that was cut off lives on while its job runs elsewhere, with more restarts.
+restarts() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE ' Restarts=[0-9]+' | cut -d= -f2; }
+
+leave_to_newer() {
+  echo "attempt $RESTART: $1, but a newer attempt owns the job" >&2
+  exit 76
 }
 
 finish() { # exit code, event, why: nothing follows
+  local now
+  now=$(restarts)
+  [ "${now:-0}" -le "$RESTART" ] || leave_to_newer "$3"
   record "$2" "$3"
   echo "$1" >"$SUBMISSION/exit_status.new" && mv "$SUBMISSION/exit_status.new" "$SUBMISSION/exit_status"
   echo "attempt $RESTART: $2: $3"
@@ -56,11 +61,8 @@ finish() { # exit code, event, why: nothing follows
 stop_for_good() { [ ! -e "$SUBMISSION/stop" ] || finish 0 stopped "as asked; submit again to continue"; }
 
 again() { # event, why
+  [ "$(restarts)" = "$RESTART" ] || leave_to_newer "$2"
   stop_for_good
-  if ! is_latest; then
-    echo "attempt $RESTART: $2, but a newer attempt owns the job" >&2
-    exit 76
-  fi
   [ "$1" = failed ] && [ "$(failures)" -ge "$MAX_FAILURES" ] && finish 1 gave-up "$2; failed $MAX_FAILURES times before"
   record "$1" "$2"
   [ "$(attempts_here)" -ge "$MAX_STALLED" ] && [ "$(newest_checkpoint)" = "$before" ] &&
@@ -120,7 +122,7 @@ attempt() {
         finish 2 refused "an error for you to mend, see the log; then submit again"
       again failed "exit code 2" ;;
     75) again saved "a checkpoint was saved when asked to" ;;
-    76) echo "attempt $RESTART: a newer attempt owns the run" >&2; exit 76 ;;
+    76) leave_to_newer "fenced off" ;;
     78) finish 78 fault "stopped by a fault that another attempt would meet again, see the log" ;;
     *) again failed "exit code $code" ;;
   esac

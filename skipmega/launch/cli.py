@@ -26,6 +26,8 @@ def run_script(main: Callable[[], None]) -> NoReturn:
     except SkipmegaError as error:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)
         _leave(error.exit_code)
+    except (ConnectionError, TimeoutError):
+        raise  # another process is gone: nothing to mend, worth another attempt
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr, flush=True)

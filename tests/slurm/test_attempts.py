@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster
+from slurm_cluster import Cluster
 
 from skipmega.config import RunConfig
 from skipmega.launch.slurm.jobs import Job, Submission, next_submission, render_job, submit_job

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from conftest import Cluster
+from slurm_cluster import Cluster
 
 from skipmega.data.tokenizer import train_tokenizer
 from support.worlds import ROOT

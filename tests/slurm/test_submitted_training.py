@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Cluster
+from slurm_cluster import Cluster
 
 from skipmega.launch.slurm.status import read_status
 from support.tiny_run import records, write_tiny_run

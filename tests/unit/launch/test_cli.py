@@ -72,9 +72,10 @@ def test_a_batch_script_finds_the_status_that_a_launcher_hides(
     assert ended.value.code == 75
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_script(lambda: fail_with(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(), TimeoutError()])
+def test_a_bug_keeps_its_traceback_and_so_does_a_lost_process(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_script(lambda: fail_with(error))
 
 
 def test_success_is_zero() -> None:
