@@ -121,7 +121,9 @@ attempt() {
       [ "$RESTART" = 0 ] && [ -e "$SKIPMEGA_EXIT_DIR/2" ] &&
         finish 2 refused "an error for you to mend, see the log; then submit again"
       again failed "exit code 2" ;;
-    75) again saved "a checkpoint was saved when asked to" ;;
+    75) # also what processes leave with when srun ends them since another crashed
+      [ "$(newest_checkpoint)" = "$before" ] && [ -z "$warned" ] && again failed "exit code 75, and nothing was saved"
+      again saved "a checkpoint was saved when asked to" ;;
     76) leave_to_newer "fenced off" ;;
     78) finish 78 fault "stopped by a fault that another attempt would meet again, see the log" ;;
     *) again failed "exit code $code" ;;

@@ -66,7 +66,7 @@ def _parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("config", help="YAML file of the run")
     add("overrides", nargs="*", help="section.field=value, values in YAML")
-    add("--nodes", type=int, default=1)
+    add("--nodes", type=int, default=1, help="(1)")
     add("--gpus-per-node", type=int, default=1, help="processes of a node, one on each GPU (1)")
     add("--time", required=True, help="limit of one attempt, as sbatch reads it; the job continues itself")
     add("--profile", help="YAML file of the site: partition, account, modules, variables (slurm/profiles/)")

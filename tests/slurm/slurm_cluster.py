@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skipmega.launch.slurm.client import LIVE_STATES, show_job
+from skipmega.launch.slurm.client import has_ended, show_job
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 
@@ -38,7 +38,7 @@ class Cluster:
 
     def wait_for_end(self, job: int, limit: float = 60) -> dict[str, str]:
         """Poll a job until it neither runs nor comes back."""
-        return self.wait(job, lambda shown: shown["JobState"] not in LIVE_STATES, limit)
+        return self.wait(job, lambda shown: has_ended(shown["JobState"]), limit)
 
     def _run(self, *command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

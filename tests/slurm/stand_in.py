@@ -35,8 +35,12 @@ def main() -> int:
     while step < plan["steps"]:
         if step == leave_at:
             if rank == world - 1:
+                while len(list(run.glob(f"waits-{attempt}-*"))) < world - 1:
+                    time.sleep(0.02)
                 return int(code)
-            time.sleep(60)  # the others wait for it, as a collective would
+            (run / f"waits-{attempt}-{rank}").touch()
+            time.sleep(60)  # for the one that has left, as in a collective
+            return 1
         time.sleep(0.1)
         step, state = step + 1, hashlib.sha256(f"{state} {step}".encode()).hexdigest()
         stop = asked or (run / "stop").exists()

@@ -6,9 +6,12 @@ import subprocess
 
 from skipmega.errors import LaunchError
 
-# states of a job that is, or will again be, in the queue's hands
-LIVE_STATES = frozenset(
-    ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "STOPPED")
+# all others are of jobs that wait, run, are being signalled or completed, or come back
+_ENDED_STATES = frozenset(
+    (
+        *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE"),
+        *("NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED"),
+    )
 )
 
 
@@ -47,7 +50,12 @@ def show_job(job: int | str) -> dict[str, str]:
 
 def is_live(job: int | str) -> bool:
     """Whether a job is in the queue or runs."""
-    return show_job(job).get("JobState", "") in LIVE_STATES
+    return not has_ended(show_job(job).get("JobState"))
+
+
+def has_ended(state: str | None) -> bool:
+    """Whether a job in this state is over; so is one that SLURM has forgotten (None)."""
+    return state is None or state in _ENDED_STATES
 
 
 def _sbatch(script: str, *options: str) -> "subprocess.CompletedProcess[str]":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skipmega.errors import LaunchError
-from skipmega.launch.slurm.client import LIVE_STATES, show_job
+from skipmega.launch.slurm.client import has_ended, show_job
 from skipmega.launch.slurm.jobs import Submission, submissions
 
 _TAIL_BYTES = 1 << 16
@@ -29,13 +29,15 @@ class Event:
 class RunStatus:
     """A run's last submission.
 
-    ``state`` is SLURM's as long as the job lives, then the last event's kind; ``record`` the last training
+    ``state`` is SLURM's as long as the job lives (``is_live``: it is queued, runs, or comes back by itself),
+    then the last event's kind; ``record`` the last training
     record of ``metrics.jsonl``, empty before the first.
     """
 
     submission: Submission
     job: int
     state: str
+    is_live: bool
     reason: str
     nodes: str
     events: list[Event]
@@ -44,11 +46,6 @@ class RunStatus:
     @property
     def attempts(self) -> int:
         return sum(event.kind == "start" for event in self.events)
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the job is queued, runs, or comes back by itself."""
-        return self.state in LIVE_STATES
 
     @property
     def is_done(self) -> bool:
@@ -79,7 +76,8 @@ def read_status(run: Path) -> RunStatus:
     job = int(submission.job["job"])
     shown, events = show_job(job), read_events(submission)
     state, reason = shown.get("JobState", "UNKNOWN"), shown.get("Reason", "None")
-    if state not in LIVE_STATES:
+    is_live = not has_ended(shown.get("JobState"))
+    if not is_live:
         ended = (submission.path / "exit_status").is_file() and events
         state, reason = (events[-1].kind, events[-1].detail) if ended else (state, "no exit status was left")
     nodes = shown.get("NodeList", "") if state == "RUNNING" else ""
@@ -87,6 +85,7 @@ def read_status(run: Path) -> RunStatus:
         submission=submission,
         job=job,
         state=state,
+        is_live=is_live,
         reason="" if reason == "None" else reason,
         nodes="" if nodes == "(null)" else nodes,
         events=events,
