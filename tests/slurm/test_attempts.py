@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,13 @@ class Run:
         end = time.monotonic() + 60
         while not any(int(path.name[5:]) >= count for path in self.folder.glob("checkpoints/step-????????")):
             assert time.monotonic() < end, self.log
+            time.sleep(0.1)
+
+    def wait_for_start(self) -> None:
+        """Until processes of the first attempt train."""
+        end = time.monotonic() + 60
+        while not (self.folder / "owner").exists():
+            assert time.monotonic() < end
             time.sleep(0.1)
 
     def wait_for_second_attempt(self, event: str) -> None:
@@ -186,24 +193,30 @@ def test_the_time_limit(cluster: Cluster, start: Callable[..., Run]) -> None:
     run.assert_complete()
 
 
-def test_preemption(cluster: Cluster, start: Callable[..., Run]) -> None:
-    """A job of a higher partition takes the nodes; SLURM requeues, the run continues where it saved."""
-    run = start("preempted", {"interval": 1000}, nodes=3)
-    cluster.wait(run.job, lambda shown: shown["JobState"] == "RUNNING")
-    end = time.monotonic() + 30
-    while "start" not in run.events:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    time.sleep(1)  # some steps
+@pytest.fixture
+def grace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[int]:
+    """Seconds that SLURM gives a job before it is preempted, warning it as before its time limit."""
+    if request.param:
+        cluster.do("reconfigure", str(request.param), "preempt_send_user_signal")
+    yield request.param
+    if request.param:
+        cluster.do("reconfigure", "0", "")
+
+
+@pytest.mark.parametrize("grace", [0, 20], indirect=True)
+def test_preemption(cluster: Cluster, start: Callable[..., Run], grace: int) -> None:
+    """A job of a higher partition takes the nodes; the run saves, and continues where it was."""
+    run = start("preempted", {"interval": 1000, "steps": 100}, nodes=3)
+    run.wait_for_start()
     cluster.command("srun", "--partition=high", "--nodes=3", "--ntasks=3", "--exclusive", "true")
     run.wait_for_second_attempt("the end of the job that took its nodes")
     ended = cluster.wait_for_end(run.job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.log
-    assert run.events == ["start", "left", "start", "done"]
+    assert run.events == ["start", "saved" if grace else "left", "start", "done"], run.log
     run.assert_complete()
     first, last = (run.folder / "saves").read_text().splitlines()
     assert first.startswith("0 "), "saved when it was told to go"
-    assert last == f"1 {STEPS}"
+    assert last == "1 100"
 
 
 @pytest.mark.parametrize("what", ["batch host", "another node", "slurmd of the batch host"])
