@@ -16,6 +16,7 @@ setup(
         "megatron-core>=0.16.1,<0.20",
         "pydantic>=2.10,<3",
         "pyyaml>=6",
+        "jinja2>=3",
         "numpy",
         "sentencepiece>=0.2.1",
         "datasets>=4",

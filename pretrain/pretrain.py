@@ -18,6 +18,8 @@ def main() -> None:
     parser.add_argument("config", help="YAML file of the run; `defaults:` in it names files it builds on")
     parser.add_argument("overrides", nargs="*", help="section.field=value, values in YAML")
     parser.add_argument("--print-config", action="store_true", help="print the merged config and exit")
+    # torch and DeepSpeed launchers of old pass it; what counts is in the environment
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     config = load_config(arguments.config, arguments.overrides)

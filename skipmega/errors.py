@@ -55,3 +55,7 @@ class RunFencedError(SkipmegaError):
     """A newer attempt owns the run folder; nothing more is written to it."""
 
     exit_code = exit_codes.FENCED
+
+
+class LaunchError(SkipmegaError):
+    """A cluster, node or launcher that lacks or refuses something."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skipmega.launch.cli import run_script
@@ -20,20 +21,28 @@ def main() -> None:
     from skipmega.data.indexed import verify_checksums
     from skipmega.data.prepare import prepare_dataset
     from skipmega.data.readers import Corpus
+    from skipmega.data.shards import merge_shards, prepare_shard
     from skipmega.data.tokenizer import Tokenizer
 
     if arguments.verify:
         _describe(arguments.output, verify_checksums(arguments.output))
         return
     corpus = Corpus(arguments.input, text_field=arguments.text_field, skip_bad=arguments.skip_bad)
-    pairs = prepare_dataset(
-        corpus,
-        arguments.output,
-        Tokenizer.load(arguments.tokenizer),
-        workers=arguments.workers,
-        valid_fraction=arguments.valid_fraction,
-        overwrite=arguments.overwrite,
-    )
+    tokenizer, output = Tokenizer.load(arguments.tokenizer), Path(arguments.output)
+    held_out, workers, overwrite = arguments.valid_fraction, arguments.workers, arguments.overwrite
+    if arguments.shard:
+        shard, shards = arguments.shard
+        pairs = prepare_shard(
+            corpus, output, tokenizer, shard, shards, workers=workers, valid_fraction=held_out
+        )
+    elif arguments.merge:
+        pairs = merge_shards(
+            corpus, output, tokenizer, arguments.merge, valid_fraction=held_out, overwrite=overwrite
+        )
+    else:
+        pairs = prepare_dataset(
+            corpus, output, tokenizer, workers=workers, valid_fraction=held_out, overwrite=overwrite
+        )
     for pair in pairs:
         _describe(str(pair.prefix), pair.manifest)
 
@@ -41,9 +50,14 @@ def main() -> None:
 def _describe(prefix: str, manifest: Manifest) -> None:
     print(
         f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens, "
-        f"{manifest.text_bytes / manifest.tokens:.2f} bytes a token; of the corpus, "
+        f"{manifest.text_bytes / max(manifest.tokens, 1):.2f} bytes a token; of the corpus, "
         f"{manifest.empty_documents} empty documents and {manifest.bad_records} bad records were skipped"
     )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    return int(index), int(count)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -67,6 +81,13 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--skip-bad", action="store_true", help="skip and count records without usable text")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing data set")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only the I-th of N shards (from 0), which go to OUTPUT.shards/; a finished one is left alone",
+    )
+    parser.add_argument("--merge", type=int, metavar="N", help="join N shards that are all there")
     parser.add_argument(
         "--verify", action="store_true", help="only compare the data set at OUTPUT with its checksums"
     )

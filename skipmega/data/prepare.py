@@ -1,7 +1,8 @@
 """Corpora to tokenized data sets: megatron-core's ``.bin``/``.idx`` pairs, each with a manifest."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ def prepare_dataset(
     workers: int = 1,
     valid_fraction: float = 0.0,
     overwrite: bool = False,
+    allow_empty: bool = False,
 ) -> list[PreparedPair]:
     """Tokenize a corpus into ``<prefix>.bin``, ``.idx`` and ``.manifest.json``.
 
@@ -52,6 +54,7 @@ def prepare_dataset(
         valid_fraction: share of documents, in [0, 1), that goes to a second pair ``<prefix>-valid``,
             chosen by a hash of their text.
         overwrite: replace what exists under these names.
+        allow_empty: a pair may be without documents.
 
     Returns:
         The pair, and the held-out pair if one was asked for.
@@ -59,24 +62,57 @@ def prepare_dataset(
     Raises:
         DataError: a result exists, the corpus is unreadable, or a pair would have no document.
     """
+    with new_pairs(Path(prefix), tokenizer, valid_fraction, overwrite, allow_empty) as writers:
+        empty = _write_documents(corpus, tokenizer, writers, workers, valid_fraction)
+        return finish_pairs(writers, corpus, tokenizer, valid_fraction, empty)
+
+
+def pair_targets(prefix: Path, valid_fraction: float) -> dict[Part, Path]:
+    """Where the pairs of a preparation go, by what part of the corpus they hold.
+
+    Raises:
+        DataError: ``valid_fraction`` is no share.
+    """
     if not 0 <= valid_fraction < 1:
         raise DataError(f"valid_fraction={valid_fraction} must be at least 0 and less than 1")
-    prefix = Path(prefix)
-    parts: list[tuple[Part, Path]] = [("all", prefix)]
-    if valid_fraction > 0:
-        parts = [("train", prefix), ("valid", prefix.with_name(f"{prefix.name}-valid"))]
-    for _, target in parts:
+    if valid_fraction == 0:
+        return {"all": prefix}
+    return {"train": prefix, "valid": prefix.with_name(f"{prefix.name}-valid")}
+
+
+@contextmanager
+def new_pairs(
+    prefix: Path, tokenizer: Tokenizer, valid_fraction: float, overwrite: bool, allow_empty: bool = False
+) -> Iterator[list["PairWriter"]]:
+    """Writers of the pairs of a preparation, in a hidden folder that is gone in the end.
+
+    Raises:
+        DataError: a pair exists that is not to be replaced.
+    """
+    targets = pair_targets(prefix, valid_fraction)
+    for target in targets.values():
         _check_free(target, overwrite)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{prefix.name}.", dir=prefix.parent) as folder:
-        writers = [_PairWriter(part, target, Path(folder), tokenizer) for part, target in parts]
-        empty = _write_documents(corpus, tokenizer, writers, workers, valid_fraction)
-        pairs = [
-            PreparedPair(writer.target, writer.finish(corpus, tokenizer, valid_fraction, empty))
-            for writer in writers
+        yield [
+            PairWriter(part, target, Path(folder), tokenizer, allow_empty) for part, target in targets.items()
         ]
-        for writer in writers:
-            writer.publish()
+
+
+def finish_pairs(
+    writers: Sequence["PairWriter"], corpus: Corpus, tokenizer: Tokenizer, valid_fraction: float, empty: int
+) -> list[PreparedPair]:
+    """Complete all pairs, then move all to their places.
+
+    Args:
+        empty: number of documents left out because they were empty.
+    """
+    pairs = [
+        PreparedPair(writer.target, writer.finish(corpus, tokenizer, valid_fraction, empty))
+        for writer in writers
+    ]
+    for writer in writers:
+        writer.publish()
     return pairs
 
 
@@ -95,7 +131,7 @@ def _final_names(prefix: Path) -> tuple[Path, Path, Path]:
 def _write_documents(
     corpus: Corpus,
     tokenizer: Tokenizer,
-    writers: Sequence["_PairWriter"],
+    writers: Sequence["PairWriter"],
     workers: int,
     valid_fraction: float,
 ) -> int:
@@ -114,11 +150,14 @@ def _write_documents(
     return empty
 
 
-class _PairWriter:
+class PairWriter:
     """One pair on its way: written in ``folder``, moved to ``target`` by :meth:`publish`."""
 
-    def __init__(self, part: Part, target: Path, folder: Path, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, part: Part, target: Path, folder: Path, tokenizer: Tokenizer, allow_empty: bool
+    ) -> None:
         self.part = part
+        self._allow_empty = allow_empty
         self.target = target
         self._partial = _final_names(folder / target.name)
         self._dtype = token_dtype(tokenizer.size)
@@ -134,16 +173,24 @@ class _PairWriter:
         self._text_bytes += text_bytes
         self._max_token_id = max(self._max_token_id, int(tokens.max()))
 
+    def add_pair(self, prefix: Path, manifest: Manifest) -> None:
+        """Append all documents of a finished pair of the same tokenizer."""
+        self._builder.add_index(str(prefix))
+        self._documents += manifest.documents
+        self._tokens += manifest.tokens
+        self._text_bytes += manifest.text_bytes
+        self._max_token_id = max(self._max_token_id, manifest.max_token_id)
+
     def finish(
         self, corpus: Corpus, tokenizer: Tokenizer, valid_fraction: float, empty_documents: int
     ) -> Manifest:
         """Complete the files in the folder, down to the disk.
 
         Raises:
-            DataError: no document was added.
+            DataError: no document was added, and that is not allowed.
         """
         data, index, manifest_file = self._partial
-        if self._documents == 0:
+        if self._documents == 0 and not self._allow_empty:
             raise DataError(
                 f"no document for {self.target}: {len(corpus.files)} files gave {empty_documents} empty "
                 f"documents, {corpus.bad_records} bad records"

@@ -21,12 +21,19 @@ def run_script(main: Callable[[], None]) -> NoReturn:
         main()
     except SkipmegaError as error:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
+    except (ConnectionError, TimeoutError):
+        raise  # another process is gone: nothing to mend, worth another attempt
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr, flush=True)
-        sys.exit(exit_codes.USER_ERROR)
-    sys.exit(exit_codes.DONE)
+        _leave(exit_codes.USER_ERROR)
+    _leave(exit_codes.DONE)
+
+
+def _leave(status: int) -> NoReturn:
+    exit_codes.leave_note(status)
+    sys.exit(status)
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,5 @@
-"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``index_cache/``; one run each.
+"""A run's folder: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``index_cache/``, ``slurm/`` (its
+submissions); one run each.
 
 ``attempts/`` holds a file for each time the run was started, by number; the newest owns the folder. A file
 called ``stop`` ends the run after its present step.
@@ -154,12 +155,12 @@ class RunFolder:
         )
 
     def _foreign(self) -> list[str]:
-        """Names in a folder without a run; a start that failed may have left indices and its number."""
+        """Names in a folder without a run; a start that failed may have left indices and its number, and a
+        submission precedes the run."""
         if not self.path.is_dir():
             return [f"a file called {self.path.name}"] if self.path.exists() else []
-        return sorted(
-            entry.name for entry in self.path.iterdir() if entry not in (self.index_cache, self._attempts)
-        )
+        before = (self.index_cache, self._attempts, self.path / "slurm")
+        return sorted(entry.name for entry in self.path.iterdir() if entry not in before)
 
 
 def refuse_changes(there: RunConfig, here: RunConfig, fields: tuple[str, ...], owner: str) -> None:

@@ -106,6 +106,7 @@ class StopRequests:
                     print(
                         f"stopped: {name} before the first step, nothing to save", file=sys.stderr, flush=True
                     )
+                    exit_codes.leave_note(exit_codes.REQUEUE)
                     os._exit(exit_codes.REQUEUE)
                 self._signalled = max(self._signalled, Request[name])
         os.close(self._wake[1])

@@ -105,6 +105,7 @@ class Watchdog:
         if self._rank in {laggard.rank for laggard in laggards(beats)}:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         time.sleep(self._interval)  # who is ended by another's end would not have said so
+        exit_codes.leave_note(exit_codes.HUNG)
         os._exit(exit_codes.HUNG)
 
     def _publish(self, beat: Heartbeat) -> None:

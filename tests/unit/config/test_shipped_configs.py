@@ -14,7 +14,7 @@ PAPER = FOLDER / "paper"
 RUNS = [
     path
     for path in sorted(FOLDER.rglob("*.yaml"))
-    if "rows" not in yaml.safe_load(path.read_text())  # a ladder's plan is no configuration of a run
+    if "base" not in yaml.safe_load(path.read_text())  # a plan of many runs is no configuration of one
 ]
 EFFECTIVE = (6, 12, 24)
 DENSITIES = {"d500": 0.5, "d250": 0.25, "d125": 0.125}

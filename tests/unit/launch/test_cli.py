@@ -1,5 +1,7 @@
 """Scripts end with one sentence for what a user can mend, and with a traceback for what is ours."""
 
+from pathlib import Path
+
 import pytest
 
 from skipmega.errors import (
@@ -52,9 +54,28 @@ def test_the_status_says_whether_to_start_again(
     assert capfd.readouterr().err == message
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_script(lambda: fail_with(ZeroDivisionError()))
+def test_a_batch_script_finds_the_status_that_a_launcher_hides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SKIPMEGA_EXIT_DIR", str(tmp_path))
+    for main in (
+        lambda: fail_with(RunStopped("SIGTERM")),
+        lambda: fail_with(DataError("gone")),
+        lambda: None,
+    ):
+        with pytest.raises(SystemExit):
+            run_script(main)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "75"]
+    monkeypatch.setenv("SKIPMEGA_EXIT_DIR", str(tmp_path / "missing"))
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: fail_with(RunStopped("SIGTERM")))
+    assert ended.value.code == 75
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(), TimeoutError()])
+def test_a_bug_keeps_its_traceback_and_so_does_a_lost_process(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_script(lambda: fail_with(error))
 
 
 def test_success_is_zero() -> None:

@@ -1,0 +1,236 @@
+"""The batch script on a real SLURM: what ends a job, what brings it back, and what stops it for good.
+
+A stand-in trains (:mod:`stand_in`), so that the cluster is what takes the time.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import Cluster
+
+from skipmega.config import RunConfig
+from skipmega.launch.slurm.jobs import Job, Submission, next_submission, render_job, submit_job
+from skipmega.launch.slurm.profile import Profile
+from skipmega.launch.slurm.status import ask_to_stop, read_events, read_status
+from support.worlds import ROOT
+
+STEPS = 30
+
+
+@dataclass
+class Run:
+    """A submitted stand-in run."""
+
+    folder: Path
+    job: int
+    submission: Submission
+
+    @property
+    def events(self) -> list[str]:
+        return [event.kind for event in read_events(self.submission)]
+
+    @property
+    def exit_status(self) -> int:
+        return int((self.submission.path / "exit_status").read_text())
+
+    @property
+    def log(self) -> str:
+        return self.submission.log.read_text()
+
+    def wait_for_steps(self, count: int) -> None:
+        """Until a checkpoint of at least that step exists."""
+        end = time.monotonic() + 60
+        while not any(int(path.name[5:]) >= count for path in self.folder.glob("checkpoints/step-????????")):
+            assert time.monotonic() < end, self.log
+            time.sleep(0.1)
+
+    def wait_for_start(self) -> None:
+        """Until processes of the first attempt train."""
+        end = time.monotonic() + 60
+        while not (self.folder / "owner").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    def wait_for_second_attempt(self, event: str) -> None:
+        """Until it starts; prints how long that took (`pytest -s`)."""
+        began = time.monotonic()
+        while self.events.count("start") < 2:
+            assert time.monotonic() < began + 120, self.log
+            time.sleep(0.1)
+        print(f"\nfrom {event} to the next attempt: {time.monotonic() - began:.0f} s")
+
+    def assert_complete(self) -> None:
+        """The last checkpoint is that of a run nobody disturbed."""
+        state = ""
+        for step in range(self.steps):
+            state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
+        assert (self.folder / "checkpoints" / f"step-{self.steps:08d}" / "state").read_text() == state, (
+            self.log
+        )
+        assert self.exit_status == 0
+
+    @property
+    def steps(self) -> int:
+        return int(json.loads((self.folder / "plan.json").read_text())["steps"])
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The batch script's files, with the stand-in where pretrain.py is."""
+    root = tmp_path / "repository"
+    for name in ("skipmega", "tools", "pretrain"):
+        (root / name).mkdir(parents=True)
+    shutil.copytree(ROOT / "slurm", root / "slurm")
+    shutil.copy(Path(__file__).with_name("stand_in.py"), root / "pretrain" / "pretrain.py")
+    return root
+
+
+@pytest.fixture
+def start(cluster: Cluster, repository: Path, tmp_path: Path) -> Callable[..., Run]:
+    """Submit a run of the stand-in: its name, its plan and what its job is to be."""
+
+    def submit(name: str, plan: dict[str, Any] | None = None, **wanted: Any) -> Run:
+        folder = tmp_path / name
+        folder.mkdir()
+        values = {"steps": STEPS, "interval": 5, "exits": {}, **(plan or {})}
+        (folder / "plan.json").write_text(json.dumps(values))
+        return _submit(folder, repository, **wanted)
+
+    return submit
+
+
+def _submit(folder: Path, repository: Path, **wanted: Any) -> Run:
+    config = RunConfig(run_dir=str(folder))
+    site = Profile(python=sys.executable, gpu_option="none", partition="low")
+    job = Job(
+        **{"name": folder.name, "nodes": 2, "gpus_per_node": 2, "time": "10", "preflight": False, **wanted}
+    )
+    submission = next_submission(config)
+    script = render_job(config, job, site, submission, repository / "slurm")
+    return Run(folder, submit_job(config, job, script, submission, repository), submission)
+
+
+def test_what_ends_a_job_and_what_brings_it_back(cluster: Cluster, start: Callable[..., Run]) -> None:
+    """Every exit of a process, on as many jobs at once. A step without a checkpoint is no progress."""
+    one = {"nodes": 1}
+    done = start("done", **one)
+    refused = start("refused", {"exits": {"0": (7, 2)}}, **one)
+    fault = start("fault", {"exits": {"0": (7, 78)}}, **one)
+    fenced = start("fenced", {"exits": {"0": (7, 76)}}, **one)
+    failed = start("failed", {"exits": {"0": (7, 1)}}, **one)
+    hung = start("hung", {"exits": {"0": (7, 77)}}, **one)
+    stalled = start("stalled", {"exits": {str(n): (7, 1) for n in range(9)}}, **one)
+    failing = {"exits": {"0": (7, 1), "1": (12, 1), "2": (17, 1), "3": (22, 1)}}
+    failures = start("failures", failing, max_failures=2, **one)
+
+    for run, state, code, events in (
+        (done, "COMPLETED", 0, ["start", "done"]),
+        (refused, "FAILED", 2, ["start", "refused"]),
+        (fault, "FAILED", 78, ["start", "fault"]),
+        (failed, "COMPLETED", 0, ["start", "failed", "start", "done"]),
+        (hung, "COMPLETED", 0, ["start", "failed", "start", "done"]),
+        # the first attempt saved step 5 and progressed from nothing to it; the next ones begin there
+        (stalled, "FAILED", 1, [*["start", "failed"] * 4, "gave-up"]),
+        (failures, "FAILED", 1, [*["start", "failed"] * 2, "start", "gave-up"]),
+    ):
+        ended = cluster.wait_for_end(run.job, 120)
+        assert ended["JobState"] == state, f"{run.folder.name}: {ended}\n{run.log}"
+        assert (run.folder.name, run.events) == (run.folder.name, events), run.log
+        assert run.exit_status == code
+    assert cluster.wait_for_end(fenced.job)["ExitCode"] == "76:0", fenced.log
+    assert fenced.events == ["start"], "a run that another attempt owns is left alone"
+    for run in (done, failed, hung):
+        run.assert_complete()
+    assert "3 attempts in a row made no progress" in stalled.log
+    status = read_status(done.folder)
+    assert (status.state, status.attempts, status.is_live) == ("done", 1, False)
+    assert read_status(stalled.folder).state == "gave-up"
+
+
+def test_a_warning_saves_and_requeues(cluster: Cluster, start: Callable[..., Run], repository: Path) -> None:
+    """SLURM's signal to the batch shell, a requeue by hand, a person's wish to stop, a new submission."""
+    warned, stopped = start("warned", nodes=1), start("stopped", {"steps": 60}, nodes=1)
+    requeued = start("requeued", nodes=1)
+    for run in (warned, stopped, requeued):
+        run.wait_for_steps(5)
+    ask_to_stop(stopped.folder)
+    cluster.command("scontrol", "requeue", str(requeued.job))
+    cluster.command("scancel", "--batch", "--signal=USR1", str(warned.job))
+    warned.wait_for_second_attempt("a warning")
+    ended = cluster.wait_for_end(warned.job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), warned.log
+    assert warned.events == ["start", "saved", "start", "done"]
+    warned.assert_complete()
+    assert cluster.wait_for_end(requeued.job)["Restarts"] == "1"
+    assert requeued.events == ["start", "left", "start", "done"], requeued.log
+    requeued.assert_complete()
+
+    assert cluster.wait_for_end(stopped.job)["Restarts"] == "0", stopped.log
+    assert stopped.events == ["start", "stopped"]
+    again = _submit(stopped.folder, repository, nodes=1)
+    assert again.submission.path.name == "002"
+    cluster.wait_for_end(again.job)
+    again.assert_complete()
+    assert again.events == ["start", "done"]
+
+
+def test_the_time_limit(cluster: Cluster, start: Callable[..., Run]) -> None:
+    """SLURM warns a job of a minute within its first half; it saves and continues in another attempt."""
+    run = start("limited", {"steps": 400, "interval": 1000}, time="1", warning_seconds=60, nodes=1)
+    ended = cluster.wait_for_end(run.job, 180)
+    restarts = int(ended["Restarts"])
+    assert ended["JobState"] == "COMPLETED"
+    assert restarts >= 1, run.log
+    assert run.events == [*["start", "saved"] * restarts, "start", "done"]
+    run.assert_complete()
+
+
+@pytest.fixture
+def grace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[int]:
+    """Seconds that SLURM gives a job before it is preempted, warning it as before its time limit."""
+    if request.param:
+        cluster.do("reconfigure", str(request.param), "preempt_send_user_signal")
+    yield request.param
+    if request.param:
+        cluster.do("reconfigure", "0", "")
+
+
+@pytest.mark.parametrize("grace", [0, 20], indirect=True)
+def test_preemption(cluster: Cluster, start: Callable[..., Run], grace: int) -> None:
+    """A job of a higher partition takes the nodes; the run saves, and continues where it was."""
+    run = start("preempted", {"interval": 1000, "steps": 100}, nodes=3)
+    run.wait_for_start()
+    cluster.command("srun", "--partition=high", "--nodes=3", "--ntasks=3", "--exclusive", "true")
+    run.wait_for_second_attempt("the end of the job that took its nodes")
+    ended = cluster.wait_for_end(run.job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.log
+    assert run.events == ["start", "saved" if grace else "left", "start", "done"], run.log
+    run.assert_complete()
+    first, last = (run.folder / "saves").read_text().splitlines()
+    assert first.startswith("0 "), "saved when it was told to go"
+    assert last == "1 100"
+
+
+@pytest.mark.parametrize("what", ["batch host", "another node", "slurmd of the batch host"])
+def test_a_node_that_dies(cluster: Cluster, start: Callable[..., Run], what: str) -> None:
+    """Its job comes back on other nodes by itself. What a slurmd left alive notices that it is not wanted."""
+    lives_on = what == "slurmd of the batch host"
+    run = start("orphaned", {"steps": 400 if lives_on else 60})
+    run.wait_for_steps(10)
+    hosts = cluster.command("scontrol", "show", "hostnames", cluster.wait(run.job, bool)["NodeList"]).split()
+    cluster.do("kill-slurmd" if lives_on else "kill-node", hosts[1 if what == "another node" else 0])
+    run.wait_for_second_attempt(f"the death of {what}")
+    ended = cluster.wait_for_end(run.job, 120)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), run.log
+    run.assert_complete()
+    assert run.events[-2:] == ["start", "done"]
+    attempts = [int(line.split()[0]) for line in (run.folder / "saves").read_text().splitlines()]
+    assert attempts == sorted(attempts), "an attempt that was given up on saved after the next had begun"
