@@ -13,8 +13,8 @@ STOPPED_BY_FAULT = 78  # numbers or storage are at fault and repeating has not m
 
 
 def leave_note(status: int) -> None:
-    """Name a file after ``status`` in the folder that a batch script gave in ``SKIPMEGA_EXIT_DIR``, if it gave
-    one: torchrun, for one, hides the statuses of its processes."""
+    """Name a file after ``status`` in the folder that a batch script may give in ``SKIPMEGA_EXIT_DIR``:
+    torchrun, for one, hides the statuses of its processes."""
     folder = os.environ.get("SKIPMEGA_EXIT_DIR")
     if folder and status != DONE:
         with suppress(OSError):  # the status itself is still there to be seen
