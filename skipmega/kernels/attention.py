@@ -5,13 +5,11 @@ Two implementations of one operation: ``sdpa`` (any device; the reference, with 
 chooses one at construction.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 AttentionBackend = Literal["sdpa", "flex"]
@@ -49,18 +47,10 @@ def packed_attention(
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     else:
         mask = visibility(positions, since, k.shape[2], k.shape[0], k.device)
-        # with a mask, torch has no fused kernel for grouped heads
-        keys, values = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        with _without_plans(q.device):
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.unsqueeze(1))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out.permute(2, 0, 1, 3)
-
-
-def _without_plans(device: torch.device) -> AbstractContextManager[None]:
-    """No cuDNN: it makes a plan for every shape, and how many queries are packed changes all the time."""
-    if device.type != "cuda":
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def document_starts(documents: Tensor) -> Tensor:
