@@ -21,7 +21,7 @@ test-grids: $(VENV)/installed
 
 # a hundred killed runs, where `make test` kills a few; and every other fault
 test-faults: $(VENV)/installed
-	$(BIN)/python -m pytest -m "" tests/faults
+	$(BIN)/python -m pytest -m "" tests/faults tests/slurm/test_training_survives.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -3,12 +3,18 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from slurm_cluster import SCRIPT, Cluster
+from submitting import STEPS
+
+from support.tiny_run import write_tiny_run
+from support.worlds import ROOT
 
 INSTALL = "apt-get install slurmctld slurmd slurm-client munge iproute2"
 NODES = 3
@@ -51,3 +57,40 @@ def cluster(_cluster: Cluster) -> Iterator[Cluster]:
     yield _cluster
     _cluster.command("scancel", "--user=root")
     _cluster.do("repair")
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The quickstart's configuration, cut short, on data that takes a second to make."""
+    folder = tmp_path_factory.mktemp("data")
+    write_tiny_run(folder)
+    return [
+        str(ROOT / "pretrain" / "configs" / "quickstart.yaml"),
+        f"data.tokenizer={folder}/tokenizer.model",
+        f"data.train=[{{path: {folder}/data}}]",
+        f"data.valid=[{{path: {folder}/data-valid}}]",
+        "data.sequence_length=64",
+        "data.num_workers=0",
+        "schedule.warmup_steps=2",
+        f"training.steps={STEPS}",
+        "training.micro_batch_size=2",
+        "training.global_batch_size=8",
+        "training.eval_interval=0",
+        "training.eval_sequences=8",
+        "logging.interval=1",
+        "optimizer.epsilon=1.0e-5",
+        "optimizer.learning_rate=1.0e-3",
+    ]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The profile of the throw-away cluster."""
+    path = tmp_path_factory.mktemp("site") / "site.yaml"
+    variables = {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
+    path.write_text(yaml.safe_dump({"partition": "low", "python": sys.executable, "environment": variables}))
+    return path

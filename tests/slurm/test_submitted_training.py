@@ -1,47 +1,18 @@
 """Training through submit.py on a real SLURM: the quickstart's model, on every launcher, and refusals."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from slurm_cluster import Cluster
+from submitting import START, STEPS, losses, script, shape, submit
 
 from skipmega.launch.slurm.status import read_status
-from support.tiny_run import records, write_tiny_run
 from support.worlds import ROOT
-
-STEPS = 6
-START = 150  # seconds that a job of four processes may take on two busy cores
-
-
-@pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The quickstart's configuration, cut short, on data that takes a second to make."""
-    folder = tmp_path_factory.mktemp("data")
-    write_tiny_run(folder)
-    return [
-        str(ROOT / "pretrain" / "configs" / "quickstart.yaml"),
-        f"data.tokenizer={folder}/tokenizer.model",
-        f"data.train=[{{path: {folder}/data}}]",
-        f"data.valid=[{{path: {folder}/data-valid}}]",
-        "data.sequence_length=64",
-        "data.num_workers=0",
-        "schedule.warmup_steps=2",
-        f"training.steps={STEPS}",
-        "training.micro_batch_size=2",
-        "training.global_batch_size=8",
-        "training.eval_interval=0",
-        "training.eval_sequences=8",
-        "logging.interval=1",
-        "optimizer.epsilon=1.0e-5",
-        "optimizer.learning_rate=1.0e-3",
-    ]
 
 
 @pytest.fixture(scope="session")
@@ -50,42 +21,6 @@ def alone(quickstart: list[str], tmp_path_factory: pytest.TempPathFactory) -> li
     run = tmp_path_factory.mktemp("alone") / "run"
     script(ROOT / "pretrain" / "pretrain.py", *quickstart, f"run_dir={run}")
     return losses(run)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The profile of the throw-away cluster."""
-    path = tmp_path_factory.mktemp("site") / "site.yaml"
-    variables = {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "GLOO_SOCKET_IFNAME": "eth0",
-    }
-    path.write_text(yaml.safe_dump({"partition": "low", "python": sys.executable, "environment": variables}))
-    return path
-
-
-def script(path: Path, *arguments: str, code: int = 0, **variables: str) -> str:
-    """Run a script of the repository; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(path), *arguments], cwd=ROOT, env={**os.environ, **variables},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=START + 60, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, f"exit {done.returncode}:\n{done.stdout}"
-    return done.stdout
-
-
-def submit(*arguments: str, code: int = 0, **variables: str) -> str:
-    return script(ROOT / "slurm" / "submit.py", *arguments, code=code, **variables)
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in records(run, "train").values()]
-
-
-def shape(site: Path, launcher: str = "srun", nodes: int = 2) -> list[str]:
-    where = ["--nodes", str(nodes), "--gpus-per-node", "2", "--time", "10", "--profile", str(site)]
-    return [*where, "--launcher", launcher, "--no-preflight"]
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun", "mpirun"])

@@ -1,0 +1,79 @@
+"""Real training, disturbed in every way a cluster knows, ends with the weights of a run nobody disturbed."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from slurm_cluster import Cluster
+from submitting import script, shape, submit
+
+from skipmega.checkpoint.store import Checkpoint
+from skipmega.launch.slurm.status import follow, read_status
+from support.tiny_run import records
+from support.worlds import ROOT
+
+STEPS = 60
+DISTURBANCES = ["warning", "requeue", "preemption", "another node", "batch host", "slurmd of the batch host"]
+
+
+@pytest.fixture(scope="session")
+def longer(quickstart: list[str]) -> list[str]:
+    return [*quickstart, f"training.steps={STEPS}", "checkpoint.interval=5", "parallel.tensor_parallel=2"]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(longer: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four processes on this machine."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    launcher = Path(torch.__file__).parent / "distributed" / "run.py"
+    train = str(ROOT / "pretrain" / "pretrain.py")
+    script(launcher, "--standalone", "--nproc-per-node=4", train, *longer, f"run_dir={run}")
+    return run
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("what", DISTURBANCES)
+def test_it_ends_with_the_same_weights(
+    cluster: Cluster,
+    longer: list[str],
+    undisturbed: Path,
+    site: Path,
+    tmp_path: Path,
+    what: str,
+) -> None:
+    run = tmp_path / "run"
+    submit(*longer, f"run_dir={run}", *shape(site))
+    job = str(read_status(run).job)
+    end = time.monotonic() + 150
+    while not any((run / "checkpoints").glob("step-000000[1-9]?")):
+        log = read_status(run).submission.log
+        assert time.monotonic() < end, log.read_text() if log.exists() else job
+        time.sleep(0.2)
+    hosts = cluster.command("scontrol", "show", "hostnames", cluster.wait(int(job), bool)["NodeList"]).split()
+    if what == "warning":
+        cluster.command("scancel", "--batch", "--signal=USR1", job)
+    elif what == "requeue":
+        cluster.command("scontrol", "requeue", job)
+    elif what == "preemption":
+        cluster.command("srun", "--partition=high", "--nodes=3", "--ntasks=3", "--exclusive", "true")
+    elif what == "slurmd of the batch host":
+        cluster.do("kill-slurmd", hosts[0])
+    else:
+        cluster.do("kill-node", hosts[0 if what == "batch host" else 1])
+    began = time.monotonic()
+    ended = follow(run, show=print)
+    log = ended.submission.log.read_text()
+    print(
+        f"{what}: {time.monotonic() - began:.0f} s to the end of the run",
+        [event.kind for event in ended.events],
+    )
+    assert ended.is_done, log
+    assert ended.attempts == 2, log
+    assert f"attempt 2, from {run}/checkpoints/step-" in log
+    assert records(run, "train")[STEPS]["loss"] == records(undisturbed, "train")[STEPS]["loss"]
+    name = f"checkpoints/step-{STEPS:08d}"
+    weights, expected = (Checkpoint.open(folder / name).read_weights() for folder in (run, undisturbed))
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(weights[key], value), key
