@@ -120,7 +120,6 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
     parallel, model, training = config.parallel, config.model, config.training
     tensor, each = parallel.tensor_parallel, parallel.processes_per_replica
     _check_zero(config)
-    _check_compiled_cut(config)
     _check_sequence_cut(config)
     if world_size % each:
         raise ConfigError(
@@ -257,19 +256,6 @@ def _check_sequence_cut(config: RunConfig) -> None:
             f"which is cut into parts of {part} by {cutters}: set routing.group_size to a divisor of {part}"
             + ("" if ranks else ", or leave it out with routing.capacity_factor=null")
         )
-
-
-def _check_compiled_cut(config: RunConfig) -> None:
-    """Layers whose collectives are traced into the compiled program; pipelines and replicas have none."""
-    parallel = config.parallel
-    for name in ("tensor_parallel", "context_parallel"):
-        size = getattr(parallel, name)
-        if config.training.compile and size > 1:
-            raise ConfigError(
-                f"training.compile=true with parallel.{name}={size} is not supported: compiled for a GPU, "
-                "gradients through the collectives of a layer were not right (torch 2.11); use "
-                "training.compile=false, or pipeline and data parallelism"
-            )
 
 
 def _check_zero(config: RunConfig) -> None:

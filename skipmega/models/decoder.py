@@ -160,7 +160,8 @@ class DecoderStage(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile each layer and the loss for training, where shapes are fixed; evaluation (dropless) stays
-        eager. Compiled, the loss never holds its logits in fp32.
+        eager. Compiled, the loss never holds its logits in fp32; megatron-core's, of a vocabulary that is cut
+        over the tensor axis, stays eager too.
 
         Every distinct density and warm-up stage is a program of its own. Falling back to eager beyond torch's
         limit on their number would be silent: it is raised, and made an error (process-wide settings).
@@ -169,7 +170,8 @@ class DecoderStage(nn.Module):
         torch._dynamo.config.accumulated_recompile_limit = 4096
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._compiled = {name: torch.compile(layer, dynamic=False) for name, layer in self.layers.items()}
-        self._compiled_losses = torch.compile(self._losses, dynamic=False)
+        if self.grid.tensor.size == 1:
+            self._compiled_losses = torch.compile(self._losses, dynamic=False)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -9,6 +10,10 @@ from torch import nn
 from skipmega.config import RunConfig
 from skipmega.parallel.grid import Axis
 from skipmega.parallel.logical import local_shard, logical_shape
+
+DRAWN_AT_ONCE = (
+    8  # tensors; one is drawn by one thread, which for billions of numbers is what a start waits for
+)
 
 
 def initialize(module: nn.Module, config: RunConfig, axis: Axis) -> None:
@@ -20,19 +25,23 @@ def initialize(module: nn.Module, config: RunConfig, axis: Axis) -> None:
     """
     std = config.model.init_std
     residual_std = std / math.sqrt(2 * config.model.num_layers)
-    for name, parameter in module.named_parameters():
-        with torch.no_grad():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-                continue
-            if name.endswith(".bias"):
-                parameter.zero_()
-                continue
+
+    @torch.no_grad()
+    def fill(named: tuple[str, nn.Parameter]) -> None:
+        name, parameter = named
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith(".bias"):
+            parameter.zero_()
+        else:
             scale = residual_std if name.endswith(("output.weight", "down.weight")) else std
             drawn = torch.empty(logical_shape(parameter, axis)).normal_(
                 std=scale, generator=_generator(config.training.seed, name)
             )
             parameter.copy_(local_shard(drawn, parameter, axis))
+
+    with ThreadPoolExecutor(DRAWN_AT_ONCE) as pool:
+        list(pool.map(fill, module.named_parameters()))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

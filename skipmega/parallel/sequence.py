@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
+from skipmega.parallel import collectives
 from skipmega.parallel.grid import Axis, ParallelGrid
 
 
@@ -82,10 +81,8 @@ class SequenceShards:
         if self.tensor.size == 1:
             return rows
         if not self.over_tensor:
-            entered: Tensor = mappings.copy_to_tensor_model_parallel_region(rows, group=self.tensor.group)
-            return entered
-        gathered: Tensor = mappings.gather_from_sequence_parallel_region(rows, group=self.tensor.group)
-        return gathered
+            return collectives.copy(rows, self.tensor)
+        return collectives.gather(rows, self.tensor)
 
     def leave(self, partial: Tensor) -> Tensor:
         """After a matrix cut over the tensor axis: the ranks' results summed, to each those of its own rows.
@@ -99,12 +96,8 @@ class SequenceShards:
         if self.tensor.size == 1:
             return partial
         if not self.over_tensor:
-            summed: Tensor = mappings.reduce_from_tensor_model_parallel_region(
-                partial, group=self.tensor.group
-            )
-            return summed
-        mine: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(partial, group=self.tensor.group)
-        return mine
+            return collectives.sum_over(partial, self.tensor)
+        return collectives.scatter_sums(partial, self.tensor)
 
     def gather_context(self, rows: Tensor) -> Tensor:
         """All rows of the sequence, in order, from those of each context rank; gradients are summed.
@@ -114,8 +107,7 @@ class SequenceShards:
         """
         if self.context.size == 1:
             return rows
-        gathered = mappings.gather_from_sequence_parallel_region(rows, group=self.context.group)
-        return self._in_order(gathered)
+        return self._in_order(collectives.gather(rows, self.context))
 
     @torch.no_grad()
     def whole(self, rows: Tensor, dim: int = 0) -> Tensor:
@@ -126,12 +118,14 @@ class SequenceShards:
         """
         if self.are_one:
             return rows
-        return self._in_order(_gather(rows.movedim(dim, 0), self.both)).movedim(0, dim)
+        return self._in_order(collectives.gather_rows_of_ranks(rows.movedim(dim, 0), self.both)).movedim(
+            0, dim
+        )
 
     @torch.no_grad()
     def over_tensor_ranks(self, rows: Tensor) -> Tensor:
         """As :meth:`enter`, without a gradient."""
-        return _gather(rows, self.tensor) if self.over_tensor else rows
+        return collectives.gather_rows_of_ranks(rows, self.tensor) if self.over_tensor else rows
 
     def without_mean_gradient(self, values: Tensor) -> Tensor:
         """``values`` unchanged; of their gradient its mean, over all ranks that share the sequences, is
@@ -148,14 +142,6 @@ class SequenceShards:
             return gathered
         chunks = gathered.unflatten(0, (self.context.size, 2, -1))
         return torch.cat([chunks[:, 0].flatten(0, 1), chunks[:, 1].flip(0).flatten(0, 1)])
-
-
-def _gather(rows: Tensor, axis: Axis) -> Tensor:
-    if rows.dtype == torch.bool:  # which gloo doesn't move
-        return _gather(rows.view(torch.uint8), axis).view(torch.bool)
-    gathered = rows.new_empty((axis.size * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=axis.group)
-    return gathered
 
 
 class _WithoutMeanGradient(torch.autograd.Function):

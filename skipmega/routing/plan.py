@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+DROPLESS_SHAPES = 16
+
+
 @dataclass(frozen=True)
 class PackingPlan:
     """Where each executed token goes.
@@ -65,14 +68,16 @@ def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> Packing
     Args:
         execute: [s, b] bool.
         group_size: tokens that share a capacity; divides s.
-        capacity: slots of a group; None is dropless: as many as the fullest group needs (their number is
-            read back from the device).
+        capacity: slots of a group; None is dropless: as many as the fullest group needs, rounded up to a
+            sixteenth of a group (their number is read back from the device).
     """
     length, batch = execute.shape
     groups = length // group_size
     grouped = execute.view(groups, group_size, batch)
     if capacity is None:
-        capacity = max(1, int(grouped.sum(dim=1).max()))
+        # not every number its own shape, which attention libraries plan (and compilers compile) anew
+        step = max(1, group_size // DROPLESS_SHAPES)
+        capacity = min(group_size, step * math.ceil(max(1, int(grouped.sum(dim=1).max())) / step))
     order = _running_count(grouped) - 1
     keep = grouped & (order < capacity)
     first_slot = torch.arange(groups, device=execute.device).view(groups, 1, 1) * capacity

@@ -1,7 +1,6 @@
 """A layer whose tokens and matrices are cut is traced as one program, collectives included.
 
-By torch's tracer and autograd alone, without generating code: what is generated for a GPU was not right, so
-that runs refuse it (skipmega.config.run).
+By torch's tracer and autograd alone, without generating code; tests/gpu/test_two_gpus.py runs what is generated.
 """
 
 from typing import Any

@@ -38,14 +38,15 @@ class CountedBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         name = str(function)
-        if name.startswith("c10d."):
-            turns = {"c10d._allgather_base_": 1, "c10d._reduce_scatter_base_": 1, "c10d.allreduce_": 2}
-            moved = arguments[1] if "reduce_scatter" in name else arguments[0]
-            moved = moved[0] if isinstance(moved, list) else moved
-            kind = "rows" if moved.is_floating_point() else "decisions"
-            share = turns[name.removesuffix(".default")] * (RANKS - 1) / RANKS
-            self.sent[kind] += round(moved.numel() * moved.element_size() * share)
-        return function(*arguments, **(keywords or {}))
+        result = function(*arguments, **(keywords or {}))
+        if name.startswith("_c10d_functional.") and "wait" not in name:
+            turns = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2}
+            whole = result if "gather" in name else arguments[0]
+            kind = "rows" if whole.is_floating_point() else "decisions"
+            share = turns[name.split(".")[1]] * (RANKS - 1) / RANKS
+            self.sent[kind] += round(whole.numel() * whole.element_size() * share)
+        assert not name.startswith("c10d."), "a move that is not counted"
+        return result
 
 
 def count(sequence_parallel: bool) -> dict[str, Any]:

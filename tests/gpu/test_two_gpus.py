@@ -22,7 +22,10 @@ TP2 mixture-of-depths, DP2 mixture-of-depths, DP2 coefficient, TP2-SP bias-mlp, 
 TP2-SP dense-gradient, TP2-SP recompute, DP2-Z3 recompute, CP2 adafactor,
 TP2 bf16, TP2-SP bf16, PP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16, DP2-Z3 bf16, CP2 bf16
 """
-COMPILED = "DP2 dense, DP2 routed, PP2-V2 dense, PP2-V2 routed"
+COMPILED = """
+DP2 dense, DP2 routed, PP2-V2 dense, PP2-V2 routed, TP2 dense, TP2 routed, TP2-SP dense, TP2-SP routed,
+CP2 dense, CP2 routed
+"""
 WIDE = {"model": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
         "data": {"sequence_length": 256}, "training": {"compile": True}}  # fmt: skip
 ROUTERS = {"dense": {"router": "always"}, "routed": {"router": "gumbel", "group_size": 64}}

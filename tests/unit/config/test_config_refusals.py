@@ -215,19 +215,6 @@ def test_the_grid_is_completed_with_the_number_of_replicas() -> None:
             6,
             ["parallel.zero_stage=3", "training.compile=true", "or training.compile=false"],
         ),
-        (
-            {"training": {"compile": True}},
-            6,
-            ["training.compile=true", "parallel.tensor_parallel=2", "use training.compile=false"],
-        ),
-        (
-            {
-                "parallel": {"tensor_parallel": 1, "pipeline_parallel": 1, "context_parallel": 2},
-                "training": {"compile": True},
-            },
-            6,
-            ["training.compile=true", "parallel.context_parallel=2", "or pipeline and data parallelism"],
-        ),
     ],
 )
 def test_what_does_not_fit_the_grid_is_refused(
