@@ -1,9 +1,9 @@
 """Collectives with gradients that eager code and compilers see alike.
 
 They return new tensors and change none (torch's functional collectives), so a compiler traces them into the
-program of a layer. Collectives into a given buffer, inside an autograd function, were traced into a wrong one:
-on a GPU (torch 2.11) gradients through them came out wrong. Rows are cut and joined along the first
-dimension; every rank of the axis calls, and runs backward through, the same collectives in the same order.
+program of a layer. Collectives into a given buffer, inside an autograd function, were traced wrongly: on a
+GPU (torch 2.11) gradients through them came out wrong. Rows are cut and joined along the first dimension;
+every rank of the axis calls, and runs backward through, the same collectives in the same order.
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """A layer whose tokens and matrices are cut is traced as one program, collectives included.
 
-By torch's tracer and autograd alone, without generating code; tests/gpu/test_two_gpus.py runs what is generated.
+By torch's tracer and autograd alone, without generating code: tests/gpu/test_two_gpus.py runs what is
+generated.
 """
 
 from typing import Any
