@@ -34,6 +34,7 @@ class RoutingState:
     def __init__(self, config: RunConfig, layers: list[int], device: torch.device) -> None:
         self.config = config
         self.layers = layers
+        self.numbers = torch.tensor(layers, dtype=torch.int64, device=device)
         self.target = torch.tensor([config.densities[layer] for layer in layers], device=device)
         self.threshold = _initial_threshold(config, self.target)
         self.coefficient = torch.zeros(len(layers), device=device)
@@ -115,11 +116,10 @@ class RoutingState:
     ) -> dict[int, RouterInputs]:
         if not self.layers:
             return {}
-        temperature = thresholds.new_tensor(self.temperature(step))
+        temperature = thresholds.new_full((), self.temperature(step))
         noise: list[Tensor | None] = [None] * len(self.layers)
         if key is not None:
-            numbers = torch.tensor(self.layers, device=key.samples.device)
-            noise = list(logistic(key, numbers, positions).unbind())
+            noise = list(logistic(key, self.numbers, positions).unbind())
         each = zip(self.layers, thresholds.unbind(), noise, strict=True)
         return {layer: RouterInputs(threshold, temperature, drawn) for layer, threshold, drawn in each}
 

@@ -1,4 +1,8 @@
-"""What a process sees in its micro-batches, and the grid's means of it: no host sync until they are read."""
+"""What a process sees in its micro-batches, and the grid's means of it: no host sync until they are read.
+
+Not one: a host that waits for its GPU once in a micro-batch has nothing queued when the next layers, which
+take longer to launch than to run where few tokens execute, are due.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,12 +17,13 @@ from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.sequence import SequenceShards
 from skipmega.training.clock import ForwardClock
 
-_MEANS = ("density", "executed", "computed", "moved", "entropy")
+_MEANS = ("density", "executed", "entropy")
+_HOST_MEANS = ("computed", "moved")
 
 
 @dataclass
 class StepSums:
-    """Sums over some micro-batches of this process's tokens, on its device.
+    """Sums over some micro-batches of this process's tokens, where they are known: on its device or its host.
 
     ``loss`` [] float32 sum of nats and ``tokens`` [] float32 their number (last stage; zero elsewhere). The
     rest is [num_layers] float32, filled for this stage's routed layers: ``counted`` micro-batches, and sums
@@ -34,14 +39,15 @@ class StepSums:
     counted: Tensor
     density: Tensor
     executed: Tensor
-    computed: Tensor
-    moved: Tensor
     entropy: Tensor
     fullest: Tensor
+    computed: list[float]
+    moved: list[float]
     group_size: int | None
     shards: SequenceShards
     clock: ForwardClock
     router_gradients: dict[int, Tensor] = field(default_factory=dict)
+    indices: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, config: RunConfig, grid: ParallelGrid) -> "StepSums":
@@ -56,10 +62,10 @@ class StepSums:
             counted=of_layers(),
             density=of_layers(),
             executed=of_layers(),
-            computed=of_layers(),
-            moved=of_layers(),
             entropy=of_layers(),
             fullest=of_layers(),
+            computed=[0.0] * config.model.num_layers,
+            moved=[0.0] * config.model.num_layers,
             group_size=config.routing.group_size,
             shards=SequenceShards.of(grid),
             clock=ForwardClock(grid.device),
@@ -70,18 +76,22 @@ class StepSums:
         """Count one micro-batch's records, by global layer number."""
         if not records:
             return
-        layers, each = list(records), list(records.values())
+        layers, each = tuple(records), list(records.values())
+        if layers not in self.indices:
+            self.indices[layers] = torch.tensor(layers, device=self.counted.device)
+        at = self.indices[layers]
         executed = torch.stack([record.executed for record in each]).float()
-        tokens = executed[0].numel()
-        self.counted[layers] += 1
-        self.density[layers] += torch.stack([record.chosen for record in each]).mean(dim=(1, 2))
-        self.executed[layers] += executed.mean(dim=(1, 2))
-        self.computed[layers] += executed.new_tensor([record.slots / tokens for record in each])
-        self.moved[layers] += executed.new_tensor([record.moved / tokens for record in each])
-        self.entropy[layers] += torch.stack([record.entropy for record in each])
+        chosen = torch.stack([record.chosen for record in each])
+        self.counted.index_add_(0, at, torch.ones_like(at, dtype=torch.float32))
+        self.density.index_add_(0, at, chosen.mean(dim=(1, 2)))
+        self.executed.index_add_(0, at, executed.mean(dim=(1, 2)))
+        self.entropy.index_add_(0, at, torch.stack([record.entropy for record in each]))
         grouped = self.shards.whole(executed, dim=1) if self.group_size is None else executed
         of_groups = grouped.unflatten(1, (-1, self.group_size or grouped.shape[1])).mean(dim=2)
-        self.fullest[layers] = torch.maximum(self.fullest[layers], of_groups.amax(dim=(1, 2)))
+        self.fullest[at] = torch.maximum(self.fullest[at], of_groups.amax(dim=(1, 2)))
+        for layer, record in records.items():
+            self.computed[layer] += record.slots / executed[0].numel()
+            self.moved[layer] += record.moved / executed[0].numel()
 
     def keep_router_gradients(self, weights: Mapping[int, nn.Parameter]) -> None:
         """Copy the gradients of this step's routers before the optimizer takes them."""
@@ -116,7 +126,9 @@ class Averages:
 def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
     """Reduce over the grid; every process calls it together and gets the same."""
     layers = config.model.num_layers
-    means = torch.stack([getattr(sums, name) for name in _MEANS]) / sums.counted.clamp(min=1)
+    of_device = torch.stack([getattr(sums, name) for name in _MEANS])
+    of_host = of_device.new_tensor([getattr(sums, name) for name in _HOST_MEANS])
+    means = torch.cat([of_device, of_host]) / sums.counted.clamp(min=1)
     peaks = torch.stack([sums.fullest, means[_MEANS.index("executed")]])
     norms = means.new_zeros(layers)
     if sums.router_gradients:
@@ -131,6 +143,6 @@ def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
     for axis in (grid.tokens, grid.pipeline):
         dist.all_reduce(peaks, group=axis.group, op=dist.ReduceOp.MAX)
     loss, tokens, *rest = torch.cat([total[: -len(seconds)], peaks.flatten()]).tolist()
-    lists = [rest[i : i + layers] for i in range(0, len(rest), layers)]
-    lists.append(total[-len(seconds) :].tolist())
-    return Averages(loss / max(tokens, 1.0), *lists)
+    by_layer = (*_MEANS, *_HOST_MEANS, "router_gradient", "fullest_group", "fullest_rank")
+    lists = {name: rest[i * layers : (i + 1) * layers] for i, name in enumerate(by_layer)}
+    return Averages(loss=loss / max(tokens, 1.0), stage_seconds=total[-len(seconds) :].tolist(), **lists)
