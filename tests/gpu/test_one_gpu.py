@@ -86,7 +86,7 @@ def test_compiled_equals_eager(eager_and_compiled, name):
         assert found.executed == pytest.approx(expected.executed, abs=5e-3)
         assert found.computed == pytest.approx(expected.computed)
     for tensor_name, tensor in eager["state"].items():
-        torch.testing.assert_close(compiled["state"][tensor_name], tensor, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(compiled["state"][tensor_name], tensor, rtol=1e-2, atol=4e-2)
 
 
 @pytest.mark.timeout(400)
