@@ -301,7 +301,7 @@ def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
 
 def _logit_bytes(config: RunConfig) -> int:
     """What backward of the loss holds per logit; a compiled one never makes fp32 of them."""
-    if config.training.compile:
+    if config.training.compile and config.parallel.tensor_parallel == 1:
         return 2 * _element_size(config)
     return _EAGER_LOGIT
 

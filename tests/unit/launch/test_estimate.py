@@ -173,6 +173,8 @@ def test_tensor_ranks_and_stages_hold_their_part(tied: bool) -> None:
 def test_a_compiled_loss_keeps_logits_and_their_gradient(precision: str, size: int) -> None:
     training = {"compile": True, "precision": precision}
     assert memory(make_config(training=training)).logits == 2 * size * 32 * VOCABULARY
+    cut = memory(make_config(training=training, parallel={"tensor_parallel": 2}), 2)
+    assert cut.logits == 12 * 32 * VOCABULARY / 2, "megatron-core's, over shards, is not compiled"
 
 
 def test_the_loss_is_kept_as_the_partitioner_keeps_it(grid: ParallelGrid) -> None:
