@@ -104,12 +104,18 @@ class Router(nn.Module):
         return Decision(execute, probability, compared.detach(), auxiliary)
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        """[s, b, 1 or 2] float32."""
-        if self.weight is not None:
-            bias = None if self.bias is None else self.bias.float()
-            return F.linear(tokens.float(), self.weight.float(), bias)
-        constant = tokens.new_zeros((*tokens.shape[:2], 1), dtype=torch.float32)
-        return constant if self.bias is None else constant + self.bias.float()
+        """[s, b, 1 or 2] float32.
+
+        Products with a vector, which compilers fuse with what made the tokens: as a matrix product they would
+        have the tokens written and read once more, in fp32.
+        """
+        if self.weight is None:
+            logits = tokens.new_zeros((*tokens.shape[:2], 1), dtype=torch.float32)
+        else:
+            rows = tokens.float().flatten(0, 1)
+            logits = torch.stack([rows.mv(row) for row in self.weight.float().unbind()], dim=-1)
+            logits = logits.view(*tokens.shape[:2], -1)
+        return logits if self.bias is None else logits + self.bias.float()
 
     def _rank(
         self,
