@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
@@ -50,9 +50,7 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.stage: DecoderStage = self._deepspeed.module
-        if sums_in_fp32(config):
-            for parameter in self.stage.parameters():
-                parameter.grad_dtype = torch.float32
+        self._added_to = self._sum_gradients_in_fp32()
         create_moments(self.optimizer, self.stage, config, grid)
         self.routing = [RoutingState(config, chunk.routed_layers, grid.device) for chunk in self.stage.chunks]
         self._controllers = [DensityController(state, grid.tokens.mean) for state in self.routing]
@@ -73,6 +71,8 @@ class TrainingEngine:
     def accumulate_gradients(self, batches: Iterator[TokenBatch], step: int, sums: StepSums) -> None:
         """Forward and backward of one step's micro-batches, and the reduction over data ranks."""
         self.stage.train()
+        for parameter in self._added_to:
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         micro_batches = self.config.micro_batches
         with self._deepspeed.coalesce_grad_reduction():
             self._run(
@@ -137,6 +137,25 @@ class TrainingEngine:
     def close(self) -> None:
         """Free the device: DeepSpeed's hooks keep an engine's tensors for as long as the process lives."""
         self._deepspeed.destroy()
+
+    def _sum_gradients_in_fp32(self) -> list[nn.Parameter]:
+        """Have autograd sum bf16 gradients in fp32; returns the parameters that need an fp32 gradient before
+        the first is added.
+
+        To that they are added in one pass; without, each is cast and then added. So it stays with ZeRO 3,
+        which keeps the sums itself, and for tied embeddings, whose two gradients would be added up in bf16.
+        """
+        if not sums_in_fp32(self.config):
+            return []
+        added = []
+        for name, parameter in self.stage.named_parameters():
+            tied = self.config.model.tie_embeddings and name == "embedding.weight"
+            if tied or self.config.parallel.zero_stage == 3:
+                parameter.grad_dtype = torch.float32
+            else:
+                parameter.grad_dtype = None
+                added.append(parameter)
+        return added
 
     def _run(
         self,
