@@ -191,6 +191,8 @@ class TrainingConfig(Section):
     ``full``; decisions and gradients are the same. ``gradient_precision`` is that in which gradients of a
     bf16 run are summed over micro-batches and over data ranks: in bf16 what is small beside its sum is lost.
     Between the two sums and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
+
+    ``attention`` names what attends for packed queries, see :mod:`skipmega.kernels.attention`.
     """
 
     steps: int = Field(1000, ge=1)
@@ -203,6 +205,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"
     recompute: Literal["none", "attention", "mlp", "full"] = "none"
     seed: int = Field(1234, ge=0)
     eval_interval: int = Field(100, ge=0)

@@ -36,6 +36,10 @@ def routed(name, compiled):
     return {**WIDE, "routing": routing, "training": {"compile": compiled}}
 
 
+# attention's own kernels, of which fp32 is exact
+TRITON = {**routed("quantile", True), "training": {"compile": True, "attention": "triton"}}
+
+
 def check_near(found, expected, tolerance):
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=tolerance, atol=0)
     torch.testing.assert_close(found["norms"], expected["norms"], rtol=10 * tolerance, atol=0)
@@ -87,6 +91,14 @@ def test_compiled_equals_eager(eager_and_compiled, name):
         assert found.computed == pytest.approx(expected.computed)
     for tensor_name, tensor in eager["state"].items():
         torch.testing.assert_close(compiled["state"][tensor_name], tensor, rtol=1e-2, atol=4e-2)
+
+
+@pytest.mark.timeout(400)
+def test_own_attention_trains_as_the_reference_does():
+    ((eager, compiled),) = run_world(train, 1, routed("quantile", False), TRITON, limit=280)
+    first = [{**run, "losses": run["losses"][:1], "norms": run["norms"][:1]} for run in (compiled, eager)]
+    check_near(*first, 1e-5)
+    torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=0)
 
 
 @pytest.mark.timeout(400)
