@@ -63,15 +63,15 @@ def measure_steps(
     def train(steps: range) -> tuple[list[float], Averages]:
         times, sums = [], StepSums.zeros(config, grid)
         for step in steps:
-            start = _now(grid.device)
+            start = now(grid.device)
             engine.train_step(batches, step, config.optimizer.learning_rate, sums)
-            times.append(_now(grid.device) - start)
+            times.append(now(grid.device) - start)
         return times, average(sums, config, grid)
 
     train(range(train_steps))
     ready = time.perf_counter() - begun
     times, seen = train(range(train_steps, train_steps + timed_steps))
-    seconds = _slowest(statistics.median(times), grid)
+    seconds = slowest(statistics.median(times), grid)
     tokens = config.training.global_batch_size * config.data.sequence_length
     flops = tokens * training_flops_per_token(config, executed_shares(config, seen))
     communication = _communication_seconds(grid.device, lambda: train(range(train_steps, train_steps + 1)))
@@ -84,7 +84,7 @@ def measure_steps(
         "tokens_per_second_per_device": tokens / seconds / grid.world_size,
         "executed_tflops_per_device": flops / seconds / grid.world_size / TERA,
         "communication_seconds": communication,
-        "peak_memory_gib": _slowest(peak_memory_gib(grid.device), grid),
+        "peak_memory_gib": slowest(peak_memory_gib(grid.device), grid),
         "stage_seconds": seen.stage_seconds,
         "ready_after_seconds": ready,
         "loss": seen.loss,
@@ -172,13 +172,14 @@ def _communication_seconds(device: torch.device, step: Callable[[], Any]) -> flo
     return sum(e.self_device_time_total for e in seen.key_averages() if "nccl" in e.key.lower()) / 1e6
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _slowest(number: float, grid: ParallelGrid) -> float:
+def slowest(number: float, grid: ParallelGrid) -> float:
     """The largest ``number`` of any process."""
     largest = torch.tensor([number], dtype=torch.float64, device=grid.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)

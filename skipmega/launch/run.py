@@ -182,14 +182,14 @@ class RunSaver:
     def __init__(self, engine: TrainingEngine, folder: RunFolder, attempt: int) -> None:
         self._engine, self._attempt = engine, attempt
         self._buffers = HostBuffers(engine.grid.device)
-        self._saver = CheckpointSaver(
+        self.files = CheckpointSaver(
             folder.store, engine.grid, engine.config, attempt, lambda: folder.check_owned(attempt)
         )
 
     @property
     def failed(self) -> bool:
         """As :attr:`CheckpointSaver.failed`."""
-        return self._saver.failed
+        return self.files.failed
 
     def begin(self, progress: Progress) -> None:
         """As :meth:`CheckpointSaver.begin`."""
@@ -199,11 +199,11 @@ class RunSaver:
             "optimizer_updates": updates_done(self._engine.optimizer),
             "versions": versions(),
         }
-        self._saver.begin(state, lambda: self._buffers.take_share(self._engine))
+        self.files.begin(state, lambda: self._buffers.take_share(self._engine))
 
     def wait(self) -> None:
         """As :meth:`CheckpointSaver.wait`."""
-        self._saver.wait()
+        self.files.wait()
 
 
 def versions() -> dict[str, str]:
