@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures what saving and loading checkpoints cost, on random tokens.
 
-python tools/bench_checkpoint.py pretrain/configs/h100_300m.yaml model.vocab_size=32000 --output runs/bench/saves
+python tools/bench_checkpoint.py pretrain/configs/h100_300m.yaml model.vocab_size=32000 --output runs/bench
 
 Writes OUTPUT/saves.json and OUTPUT/saves.md; the run itself, in OUTPUT/run, is removed afterwards.
 """

@@ -47,8 +47,7 @@ class CheckpointSaver:
 
     @property
     def writing(self) -> bool:
-        """Whether a save that was begun is still being written; ``seconds`` is how long the last one took from
-        the copy to the final name."""
+        """Whether a save that was begun is still being written; ``seconds`` is how long the last one was."""
         return self._thread is not None and self._thread.is_alive()
 
     @property

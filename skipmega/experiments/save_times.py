@@ -38,8 +38,8 @@ def measure_saves(
     and load the last one; all processes call it together.
 
     A save is begun at the end of a step, as in a run, and the steps that begin while it is written, at most
-    ``most_steps``, are compared with the median of those without: ``stall`` is their extra time and that of the
-    copy. Loading includes the comparison of checksums; the files are then still in the host's memory.
+    ``most_steps``, are compared with the median of those without: ``stall`` is their extra time and that of
+    the copy. Loading includes the comparison of checksums; the files are then still in the host's memory.
 
     Returns:
         Times in seconds, of the slowest process where there are several; one entry a save where it is a list.
@@ -65,7 +65,7 @@ def measure_saves(
         begun = now(grid.device)
         saver.begin(progress)
         copied.append(slowest(now(grid.device) - begun, grid))
-        meanwhile = []
+        meanwhile: list[float] = []
         while slowest(float(saver.files.writing), grid) and len(meanwhile) < most_steps:
             meanwhile.append(train())
         saver.wait()
