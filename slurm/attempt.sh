@@ -87,7 +87,7 @@ avoid_nodes() { # only a pending job takes them, which it is once its processes 
 
 left_code() { # the code that matters most, of all that processes left behind; else the launcher's
   local code
-  for code in 76 78 2 77 75; do
+  for code in 76 78 2 79 77 75; do
     [ -e "$SKIPMEGA_EXIT_DIR/$code" ] && echo "$code" && return
   done
   echo "$1"

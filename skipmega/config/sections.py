@@ -183,8 +183,13 @@ class TrainingConfig(Section):
     longer: its schedule and data order are those of the whole run, and resuming continues it.
     ``max_duration``, in minutes since training was started, does so with the exit status that asks to be
     started again. A run that makes no progress for ``hang_minutes`` (three times that in the first step,
-    which may be compiled) is ended, and the rank that holds it up is named. A step whose gradients are not
-    finite updates nothing; ``max_discarded`` of them in a row bring back the last checkpoint's state.
+    which may be compiled) is ended, and the rank that holds it up is named.
+
+    A step whose loss or gradients are not finite, or whose loss exceeds the mean of the last ``spike_window``
+    ones by more than ``spike_sigmas`` of their standard deviations (0: any finite loss will do), is executed
+    again; if that is no better, it updates nothing, and ``max_discarded`` of them in a row bring back the
+    last checkpoint's state. Every ``replica_interval`` steps (0: only at such a step) ranks compare what they
+    must have in common.
 
     ``recompute`` runs a part of each layer again in backward in place of keeping what it needs:
     ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer in
@@ -200,6 +205,9 @@ class TrainingConfig(Section):
     max_duration: float | None = Field(None, gt=0)
     hang_minutes: float = Field(15.0, gt=0)
     max_discarded: int = Field(3, ge=1)
+    spike_sigmas: float = Field(6.0, ge=0)
+    spike_window: int = Field(128, ge=2)
+    replica_interval: int = Field(100, ge=0)
     micro_batch_size: int = Field(4, ge=1)
     global_batch_size: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -98,6 +98,14 @@ class TrainingEngine:
                 controller.end_step(step)
         return torch.as_tensor(self._deepspeed.get_global_grad_norm())
 
+    def discard_gradients(self) -> None:
+        """Forget the step's gradients and what its controllers saw, as if it had not been executed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        averaged = self.optimizer.averaged_gradients
+        averaged.update(dict.fromkeys(averaged))
+        for controller in self._controllers:
+            controller.forget_step()
+
     @property
     def discarded_update(self) -> bool:
         """Whether the last step's gradients were not finite, which DeepSpeed's ranks agree on."""
