@@ -1,5 +1,6 @@
 """One fault at a time: the run goes on as if there had been none, or says what is wrong and loses nothing."""
 
+import errno
 import math
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from functools import partial
+from itertools import count
 from unittest import mock
 
 import pytest
@@ -19,6 +21,7 @@ from skipmega import exit_codes
 from skipmega.checkpoint import store
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.checkpoint.tensors import _TensorWriter
+from skipmega.data import token_reader
 from skipmega.launch import run
 from skipmega.training import guard
 from skipmega.training.engine import TrainingEngine
@@ -250,6 +253,35 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(disturbed, small_dis
     (small_disk / "filler").unlink()
     assert disturbed.attempt("full-disk", spoil=take_any_space).join() == [0, 0], disturbed.said("full-disk")
     disturbed.check("full-disk")
+
+
+def fail_reads(times, rank):
+    """From the second micro-batch on, on rank 1."""
+    read, calls = os.preadv, count()
+
+    def failing(descriptor, buffers, offset):
+        if rank == 1 and 20 <= next(calls) < 20 + times:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, buffers, offset)
+
+    mock.patch.object(os, "preadv", failing).start()
+    mock.patch.object(token_reader, "_FIRST_PAUSE", 0.01).start()
+
+
+def test_data_that_cannot_be_read_for_a_while_leave_no_trace(disturbed):
+    assert disturbed.attempt("reads", spoil=partial(fail_reads, 3)).join() == [0, 0], disturbed.said("reads")
+    assert disturbed.said("reads").count("Input/output error; trying again in") == 3
+    disturbed.check("reads")
+
+
+def test_data_that_cannot_be_read_stop_the_run_and_keep_what_was_saved(disturbed):
+    attempt = disturbed.attempt("no-reads", spoil=partial(fail_reads, 10**9))
+    assert attempt.join()[1] == exit_codes.STOPPED_BY_FAULT, disturbed.said("no-reads")
+    assert re.search(
+        r"error: cannot read \d+ bytes of \S+/data\.bin at \d+: Input/output error, also after 4 more tries",
+        disturbed.said("no-reads"),
+    )
+    disturbed.finish("no-reads")
 
 
 def executions(steps, times):
