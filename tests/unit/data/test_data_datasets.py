@@ -241,3 +241,29 @@ def test_a_file_that_is_cut_while_it_is_read(
         DataFaultError, match=r"cannot read \d+ bytes of .*counted\.bin at \d+: the file ends at 0"
     ):
         next(loader)
+
+
+def test_two_ranks_then_one_then_four_read_the_same_tokens(
+    tmp_path: Path, counted: str, tokenizer: Tokenizer
+) -> None:
+    """Eight samples a step, two steps on each number of data ranks."""
+
+    def read(first: int, steps: int, dp_size: int) -> torch.Tensor:
+        """Rows of all ranks in the order of the data, [samples, tokens, labels and document numbers]."""
+        samples = _build(_config(counted), tokenizer, tmp_path / "cache", train=48, valid=0).train
+        loaders = [
+            make_loader(
+                samples, consumed_samples=8 * first, total_samples=48, micro_batch_size=2, dp_rank=rank,
+                dp_size=dp_size, document_end=tokenizer.eod_id, num_workers=0, pin_memory=False,
+            )
+            for rank in range(dp_size)
+        ]  # fmt: skip
+        batches = [next(loader) for _ in range(8 * steps // (2 * dp_size)) for loader in loaders]
+        assert all(batch.document_ids is not None for batch in batches)
+        return torch.cat(
+            [torch.cat([b.sample_ids[:, None], b.tokens, b.labels, b.document_ids], 1) for b in batches]  # type: ignore[list-item]
+        )
+
+    moved = torch.cat([read(0, 2, 2), read(2, 2, 1), read(4, 2, 4)])
+    assert torch.equal(moved, read(0, 6, 1))
+    assert moved[:, 0].tolist() == list(range(48))
