@@ -1,6 +1,7 @@
 """One fault at a time: the run goes on as if there had been none, or says what is wrong and loses nothing."""
 
 import errno
+import json
 import math
 import multiprocessing
 import os
@@ -203,6 +204,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(disturbed, fil
     disturbed.finish(name)
     assert f"warning: checkpoint {newest} is damaged: " in disturbed.said(name)
     assert f"from {newest.with_name(f'step-{HALF - 1:08d}')}" in disturbed.said(name)
+
+
+def test_a_run_saved_in_the_first_format_is_continued(disturbed):
+    """Its manifest had sizes alone, its state knew neither attempts nor what has been counted since."""
+    assert disturbed.attempt("first", f"training.stop_after={HALF}").join() == [0, 0]
+    for newest in (disturbed.folder / "first" / "checkpoints").glob("step-*"):
+        files = json.loads((newest / "manifest.json").read_text())["files"]
+        state = json.loads((newest / "state.json").read_text())
+        known = {key: state[key] for key in ("step", "consumed_samples", "optimizer_updates", "versions")}
+        (newest / "state.json").write_text(json.dumps(known))
+        sizes = {name: (newest / name).stat().st_size for name in files}
+        (newest / "manifest.json").write_text(json.dumps({"files": sizes}))
+    shutil.rmtree(disturbed.folder / "first" / "attempts")
+    disturbed.finish("first")
 
 
 def test_if_every_checkpoint_is_damaged_the_run_does_not_begin_anew(disturbed):
