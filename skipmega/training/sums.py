@@ -76,8 +76,8 @@ class StepSums:
         """The same sums, to add to without touching these; the clock is shared."""
         other = copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(other, name, value.clone())
+            if isinstance(value, Tensor | list):
+                setattr(other, name, value.clone() if isinstance(value, Tensor) else list(value))
         return other
 
     @torch.no_grad()
