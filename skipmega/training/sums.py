@@ -133,8 +133,8 @@ class Averages:
 
 
 def mean_loss(before: StepSums, after: StepSums, grid: ParallelGrid) -> float:
-    """The loss in nats per token of what was added to ``before``; the same bits on every process, those of one
-    sample's tensor ranks included, so that all decide alike by it."""
+    """The loss in nats per token of what was added to ``before``; the same bits on every process, of every
+    axis, so that all decide alike by it."""
     added = torch.stack([after.loss - before.loss, after.tokens - before.tokens])
     for axis in (grid.replicas, grid.pipeline, grid.tensor):
         dist.all_reduce(added, group=axis.group)
