@@ -7,7 +7,7 @@ a map takes what a short read leaves unfilled for tokens.
 import os
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import _BinReader
@@ -16,10 +16,6 @@ from numpy.typing import NDArray
 from skipmega.errors import DataFaultError
 
 _FIRST_PAUSE = 1.0  # seconds before a failed read is tried again, doubled each time
-
-
-class _ReadsTokens(Protocol):
-    bin_reader: _BinReader
 
 
 class TokenReader(_BinReader):
@@ -78,5 +74,4 @@ class TokenReader(_BinReader):
 def read_with_retries(dataset: Any, retries: int) -> None:
     """Give a :class:`TokenReader` to every indexed dataset below megatron-core's ``dataset``."""
     for part in getattr(dataset, "datasets", [dataset]):
-        indexed: _ReadsTokens = part.dataset
-        indexed.bin_reader = TokenReader(f"{part.dataset_path}.bin", retries)
+        part.dataset.bin_reader = TokenReader(f"{part.dataset_path}.bin", retries)

@@ -8,7 +8,6 @@ from typing import Any
 import torch.distributed as dist
 
 from skipmega.checkpoint.manifest import NAME as MANIFEST
-from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
 from skipmega.experiments.step_times import now, random_batches, slowest
 from skipmega.launch.run import RunSaver, claim, resume, versions
@@ -95,7 +94,7 @@ def measure_saves(
 
 def checkpoint_bytes(path: Path) -> int:
     """Size of the files that a checkpoint's manifest names."""
-    files = json.loads((Checkpoint(path).path / MANIFEST).read_text())["files"]
+    files = json.loads((path / MANIFEST).read_text())["files"]
     return sum(int(entry["size"]) for entry in files.values())
 
 
