@@ -18,6 +18,7 @@ setup(
         "pyyaml>=6",
         "jinja2>=3",
         "numpy",
+        "nvidia-ml-py",
         "sentencepiece>=0.2.1",
         "datasets>=4",
         "zstandard",

@@ -19,6 +19,7 @@ from skipmega.data.batches import SampleSource, TokenBatch, make_loader
 from skipmega.data.datasets import RunDatasets, build_datasets
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import CheckpointDamagedError, CheckpointError, ConfigError
+from skipmega.launch.backends import describe_kernels
 from skipmega.launch.run_folder import RunFolder
 from skipmega.models.flops import count_parameters, training_flops_per_token
 from skipmega.models.stages import cut_stages, stage_costs
@@ -224,7 +225,8 @@ def _start_records(
     config = engine.config
     folder.begin_records(progress.step)
     parameters, dense = count_parameters(config), training_flops_per_token(config) / 1e9
-    print(f"grid: {engine.grid.describe()}; ZeRO {config.parallel.zero_stage}; attention: {engine.attention}")
+    print(f"grid: {engine.grid.describe()}")
+    print(f"kernels: {describe_kernels(config, engine.grid.device)}")
     print(f"model: {parameters / 1e6:.1f}M parameters, {dense:.3g} GFLOPs per token if dense")
     if engine.grid.pipeline.size > 1:
         costs = stage_costs(config)

@@ -1,10 +1,13 @@
 """One GPU gives what the CPU gives; compiled gives what eager gives; bf16 stays near fp32."""
 
+import re
+
 import pytest
 import torch
 
 from skipmega.kernels.attention import document_starts, packed_attention
 from support.steps import tiny_grid, train_tiny
+from support.tiny_run import run_command
 from support.worlds import run_world
 
 pytestmark = [
@@ -131,3 +134,27 @@ def test_attention_back_ends_agree_in_forward_and_backward(with_documents, queri
     for reference, found in zip(*results, strict=True):
         error = (found - reference).norm() / reference.norm()
         assert error < 2e-3, f"relative error {error:.1e}"
+
+
+def test_the_doctor_reads_this_gpu(tmp_path):
+    """NVML itself answers, wherever there is a driver; and no kernel is what a GPU should not use."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"run_dir: {tmp_path}\nmodel: {{vocab_size: 512}}\ntraining: {{precision: bf16}}\n"
+        "data: {attend_across_documents: true}\n"
+    )
+    shown = run_command("tools/doctor.py", config)
+    print(shown)
+    for expected in (
+        r"^libraries: .*triton [\d.]+, CUDA [\d.]+, NCCL [\d.]+, NVIDIA",
+        r"^kernels: bf16, layers not compiled; attention: sdpa \((flash|cudnn)[^,]*, else (efficient|cudnn)\)",
+        r"; adamw \(fused\), ZeRO 1$",
+        r"^GPU health: driver [\d.]+; \d+ °C, clocks held back by ",
+        r"uncorrected memory errors \d+ since the driver was loaded, \d+ ever; rows remapped \d+$",
+        r"^doctor: 1 processes are fit to train$",
+    ):
+        assert re.search(expected, shown, re.MULTILINE), f"{expected} is missing in\n{shown}"
+    (speed,) = re.findall(r"^matrix products: [\d.]+ to ([\d.]+) TFLOP/s$", shown, re.MULTILINE)
+    assert float(speed) > 50, "not a GPU's speed"
+    compiled = run_command("tools/doctor.py", config, "training.compile=true")
+    assert "layers compiled; attention: flex" in compiled
