@@ -147,7 +147,7 @@ def test_the_doctor_reads_this_gpu(tmp_path):
     print(shown)
     for expected in (
         r"^libraries: .*triton [\d.]+, CUDA [\d.]+, NCCL [\d.]+, NVIDIA",
-        r"^kernels: bf16, layers not compiled; attention: sdpa \((flash|cudnn)[^,]*, else (efficient|cudnn)\)",
+        r"^kernels: bf16, layers not compiled; attention: sdpa \((flash|cudnn)[^,]*, else (eff|cudnn)",
         r"; adamw \(fused\), ZeRO 1$",
         r"^GPU health: driver [\d.]+; \d+ °C, clocks held back by ",
         r"uncorrected memory errors \d+ since the driver was loaded, \d+ ever; rows remapped \d+$",
