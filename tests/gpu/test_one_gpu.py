@@ -1,14 +1,15 @@
 """One GPU gives what the CPU gives; compiled gives what eager gives; bf16 stays near fp32."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from skipmega.kernels.attention import document_starts, packed_attention
 from support.steps import tiny_grid, train_tiny
-from support.tiny_run import run_command
-from support.worlds import run_world
+from support.worlds import ROOT, run_world
 
 pytestmark = [
     pytest.mark.gpu,
@@ -143,7 +144,14 @@ def test_the_doctor_reads_this_gpu(tmp_path):
         f"run_dir: {tmp_path}\nmodel: {{vocab_size: 512}}\ntraining: {{precision: bf16}}\n"
         "data: {attend_across_documents: true}\n"
     )
-    shown = run_command("tools/doctor.py", config)
+
+    def ask_doctor(*overrides):
+        command = [sys.executable, "tools/doctor.py", config, *overrides]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    shown = ask_doctor()
     print(shown)
     for expected in (
         r"^libraries: .*triton [\d.]+, CUDA [\d.]+, NCCL [\d.]+, NVIDIA",
@@ -156,5 +164,4 @@ def test_the_doctor_reads_this_gpu(tmp_path):
         assert re.search(expected, shown, re.MULTILINE), f"{expected} is missing in\n{shown}"
     (speed,) = re.findall(r"^matrix products: [\d.]+ to ([\d.]+) TFLOP/s$", shown, re.MULTILINE)
     assert float(speed) > 50, "not a GPU's speed"
-    compiled = run_command("tools/doctor.py", config, "training.compile=true")
-    assert "layers compiled; attention: flex" in compiled
+    assert "layers compiled; attention: flex" in ask_doctor("training.compile=true")
