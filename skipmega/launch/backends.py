@@ -31,9 +31,7 @@ def describe_libraries(device: torch.device) -> str:
 def describe_kernels(config: RunConfig, device: torch.device) -> str:
     """What a run of this configuration computes with: attention, compilation, optimizer."""
     training, fused = config.training, device.type == "cuda" and config.optimizer.name == "adamw"
-    attention: str = choose_attention(
-        training.attention, device, training.compile, config.model.head_size
-    )
+    attention: str = choose_attention(training.attention, device, training.compile, config.model.head_size)
     if attention == "sdpa":
         causal, masked = (_sdpa_kernel(config, device, masked) for masked in (False, True))
         attention = f"sdpa ({causal} where causality is the only mask, else {masked})"

@@ -113,8 +113,13 @@ def build_data(config: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
         num_train_samples=training.steps * training.global_batch_size,
         num_valid_samples=training.eval_sequences if training.eval_interval else 0,
         seed=training.seed,
-        index_cache=config.data.index_cache or RunFolder(config).index_cache,
+        index_cache=index_cache(config),
     )
+
+
+def index_cache(config: RunConfig) -> Path:
+    """Folder of a run's sample indices."""
+    return Path(config.data.index_cache or RunFolder(config).index_cache)
 
 
 def claim(folder: RunFolder, grid: ParallelGrid) -> int:

@@ -26,7 +26,9 @@ class Cluster:
         """Run one of SLURM's commands; returns what it printed."""
         return self._run(*command)
 
-    def wait(self, job: int, until: Callable[[dict[str, str]], bool], limit: float = 60) -> dict[str, str]:
+    def wait(
+        self, job: int | str, until: Callable[[dict[str, str]], bool], limit: float = 60
+    ) -> dict[str, str]:
         """Poll a job until the condition on scontrol's fields holds; a miss shows the controller's log."""
         end = time.monotonic() + limit
         while not until(shown := show_job(job)):
@@ -36,7 +38,7 @@ class Cluster:
             time.sleep(0.2)
         return shown
 
-    def wait_for_end(self, job: int, limit: float = 60) -> dict[str, str]:
+    def wait_for_end(self, job: int | str, limit: float = 60) -> dict[str, str]:
         """Poll a job until it neither runs nor comes back."""
         return self.wait(job, lambda shown: has_ended(shown["JobState"]), limit)
 

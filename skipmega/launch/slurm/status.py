@@ -35,7 +35,7 @@ class RunStatus:
     """
 
     submission: Submission
-    job: int
+    job: str
     state: str
     is_live: bool
     reason: str
@@ -73,7 +73,7 @@ def read_status(run: Path) -> RunStatus:
     if not queued:
         raise LaunchError(f"{run} was never submitted to SLURM: it has no folder slurm/NNN with a job.json")
     submission = queued[-1]
-    job = int(submission.job["job"])
+    job = str(submission.job["job"])
     shown, events = show_job(job), read_events(submission)
     state, reason = shown.get("JobState", "UNKNOWN"), shown.get("Reason", "None")
     is_live = not has_ended(shown.get("JobState"))

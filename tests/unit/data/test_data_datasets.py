@@ -218,11 +218,26 @@ def test_what_rank_0_refuses_every_rank_raises(tmp_path: Path, counted: str, tok
     assert "nowhere.idx" in str(errors[0])
 
 
-def test_a_cache_that_is_not_shared_is_refused(tmp_path: Path, counted: str, tokenizer: Tokenizer) -> None:
-    errors = _in_world_of_two(
-        tmp_path, lambda rank: _build(_config(counted), tokenizer, tmp_path / f"node{rank}", valid=0)
+def test_a_cache_on_each_node_s_own_disk(
+    tmp_path: Path, counted: str, tokenizer: Tokenizer, write_pair: WritePair
+) -> None:
+    """Is refused, unless every index is in it; what else is in it does not matter."""
+    config = _config(counted, write_pair(tmp_path / "more", _documents(40, 300)), split=[80.0, 20.0])
+
+    def on_own_disk(rank: int) -> object:
+        return np.array(_tokens(_build(config, tokenizer, tmp_path / f"node{rank}"))).tolist()
+
+    _build(config, tokenizer, tmp_path / "node0", seed=4)
+    errors = _in_world_of_two(tmp_path, on_own_disk)
+    assert all(
+        "not visible on ranks [1], and theirs lacks indices: run tools/" in str(error) for error in errors
     )
-    assert all("is not visible on ranks [1]" in str(error) for error in errors)
+    alone = _tokens(_build(config, tokenizer, tmp_path / "node1"))
+    assert _in_world_of_two(tmp_path, on_own_disk) == [alone, alone]
+    largest = max((tmp_path / "node1").glob("*dataset_index.npy"))
+    largest.write_bytes(largest.read_bytes()[:-1])
+    errors = _in_world_of_two(tmp_path, on_own_disk)
+    assert all("lacks indices" in str(error) for error in errors)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

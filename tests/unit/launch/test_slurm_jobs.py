@@ -9,8 +9,9 @@ import pytest
 from skipmega.config import RunConfig, load_config
 from skipmega.errors import ConfigError, LaunchError
 from skipmega.launch.slurm import client
-from skipmega.launch.slurm.jobs import Job, Submission, check_job, parse_environment, render_job, submit_job
+from skipmega.launch.slurm.jobs import Job, Submission, check_job, parse_environment, submit_job
 from skipmega.launch.slurm.profile import Profile, load_profile
+from skipmega.launch.slurm.scripts import render_job
 from skipmega.launch.slurm.status import read_events, read_status
 from support.worlds import ROOT
 
@@ -22,10 +23,7 @@ def job(**wanted: Any) -> Job:
 
 
 def render(wanted: Job, profile: Profile, folder: Path) -> str:
-    config = RunConfig(run_dir=str(folder / "it's a run"))
-    script = render_job(
-        config, wanted, profile, Submission(folder / "it's a run" / "slurm" / "001"), TEMPLATES
-    )
+    script = render_job(wanted, profile, Submission(folder / "it's a run" / "slurm" / "001"), TEMPLATES)
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr + script
     return script
