@@ -19,7 +19,7 @@ class Cluster:
         self.base = base
 
     def do(self, verb: str, *arguments: str) -> None:
-        """kill-node, kill-slurmd, cut-node, hide (each of a node), repair, reconfigure."""
+        """kill-node, kill-slurmd, cut-node, hide, show (each of a node), repair, reconfigure."""
         self._run("bash", str(SCRIPT), verb, str(self.base), *arguments)
 
     def command(self, *command: str) -> str:

@@ -10,6 +10,7 @@ the variable ``PLANS`` may hold one for all runs, or one for each by the name of
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -33,6 +34,7 @@ def main() -> int:
     step, state = newest()
     if rank == 0:
         (run / "owner").write_text(str(attempt))
+        shutil.copy(sys.argv[1], run / "config.yaml")
     leave_at, code = plan["exits"].get(str(attempt), (None, DONE))
     while step < plan["steps"]:
         if step == leave_at:

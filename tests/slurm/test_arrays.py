@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from slurm_cluster import Cluster
 from stand_in_runs import StandInRun
-from submitting import script, submit
+from submitting import refused_by_submit, script
 
 from skipmega.launch.slurm.jobs import Submission
 from skipmega.launch.slurm.status import read_status
@@ -40,7 +40,7 @@ def test_each_run_of_an_array_comes_back_by_itself(
     undisturbed, warned, crashed = runs
     warned.wait_for_steps(5)
     cluster.command("scancel", "--batch", "--signal=USR1", str(warned.job))
-    assert f"job {undisturbed.job} of run_dir" in submit(*arguments, code=2)
+    assert f"job {undisturbed.job} of run_dir" in refused_by_submit(*arguments)
     for run, events in (
         (undisturbed, ["start", "done"]),
         (warned, ["start", "saved", "start", "done"]),

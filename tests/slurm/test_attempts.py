@@ -116,6 +116,31 @@ def test_preemption(cluster: Cluster, start: Start, grace: int) -> None:
     assert last == "1 100"
 
 
+def test_what_is_cancelled_has_saved(cluster: Cluster, start: Start, repository: Path) -> None:
+    """By a person, and by SLURM for a job of a higher partition: gone, until it is submitted again."""
+    plan = {"interval": 1000, "steps": 60}
+    by_person = start("scancelled", plan, nodes=1)
+    by_slurm = start("preempted", plan, nodes=2, site={"partition": "spot"})
+    for run in (by_person, by_slurm):
+        run.wait_for_start()
+    cluster.command("scancel", str(by_person.job))
+    cluster.wait_for_end(by_person.job)
+    cluster.command("srun", "--partition=high", "--nodes=3", "--ntasks=3", "--exclusive", "true")
+    for run, state in ((by_person, "CANCELLED"), (by_slurm, "PREEMPTED")):
+        ended = cluster.wait_for_end(run.job)
+        assert (ended["JobState"], ended["Restarts"]) == (state, "0"), run.log
+        assert run.events == ["start", "left"], run.log
+        assert len((run.folder / "saves").read_text().splitlines()) == 1, "saved when it was told to go"
+        status = read_status(run.folder)
+        assert (status.state, status.is_live) == (state, False)
+        again = submit_stand_in(run.folder, repository, nodes=1)
+        cluster.wait_for_end(again.job)
+        again.assert_complete()
+        first, last = (run.folder / "saves").read_text().splitlines()
+        assert last == "0 60"
+        assert int(first.split()[1]) < 60
+
+
 @pytest.mark.parametrize("what", ["batch host", "another node", "slurmd of the batch host"])
 def test_a_node_that_dies(cluster: Cluster, start: Start, what: str) -> None:
     """Its job comes back on other nodes by itself. What a slurmd left alive notices that it is not wanted."""

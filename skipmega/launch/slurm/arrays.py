@@ -1,5 +1,6 @@
 """Several runs of one configuration as one job array, each with overrides, folder and attempts of its own."""
 
+import hashlib
 import re
 import shlex
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from skipmega.launch.slurm.jobs import (
     write_config,
     writing,
 )
+
+_LONGEST_NAME = 120
 
 
 def read_array(given: str) -> list[list[str]]:
@@ -45,11 +48,15 @@ def read_array(given: str) -> list[list[str]]:
 
 
 def folder_of(overrides: Sequence[str]) -> str:
-    """The name of a run's folder: its overrides, as far as a file name can show them."""
-    return re.sub(r"[^\w.,=+-]", "-", ",".join(overrides))
+    """The name of a run's folder: its overrides, as far as a short file name can show them."""
+    whole = ",".join(overrides)
+    name = re.sub(r"[^\w.,=+-]", "-", whole, flags=re.ASCII)
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def load_runs(path: str, overrides: Sequence[str], array: Sequence[Sequence[str]]) -> list[RunConfig]:
+def load_runs(path: str | None, overrides: Sequence[str], array: Sequence[Sequence[str]]) -> list[RunConfig]:
     """The configurations of an array's runs, each in a folder within ``run_dir``.
 
     Args:
