@@ -54,8 +54,7 @@ def main() -> None:
         print(client.ask_whether_it_could_run(script))
     elif arguments.array:
         number = arrays.submit_array(configs, job, script, submission, ROOT)
-        print(f"job array {number} of {len(tasks)} runs")
-        print("\n".join(f"state: python slurm/status.py {config.run_dir}" for config in configs))
+        print(f"job array {number} of {len(tasks)} runs\nstate: python slurm/status.py {config.run_dir}")
     else:
         number = jobs.submit_job(config, job, script, submission, ROOT)
         print(
@@ -123,7 +122,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("--follow", action="store_true", help="show progress until the run is complete or gives up")
     arguments = parser.parse_intermixed_args()
     if arguments.array and arguments.follow:
-        parser.error("--follow shows one run: python slurm/status.py RUN_DIR/* shows those of an array")
+        parser.error("--follow shows one run: python slurm/status.py RUN_DIR shows those of an array")
     if arguments.at_once is not None and not (arguments.array and arguments.at_once > 0):
         parser.error("--at-once limits an --array, to 1 or more runs")
     return arguments

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import yaml
@@ -53,6 +52,9 @@ def test_each_run_of_an_array_comes_back_by_itself(
         assert read_status(run.folder).is_done
         assert "the run is complete" in run.log
     assert (folder / "slurm" / "001" / "log-1").read_text() == warned.log
-    shutil.rmtree(folder / "slurm" / "001" / "code")
-    again = script(repository / "slurm" / "submit.py", *arguments, "--dry-run")
-    assert "--array=0-2" in again
+    shown = script(repository / "slurm" / "status.py", str(folder), "--attempts")
+    assert re.findall(r"seed=(\d): job \S+  done .* attempt (\d)", shown) == [
+        ("1", "1"),
+        ("2", "2"),
+        ("3", "2"),
+    ], shown

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +51,9 @@ def test_two_nodes_train_as_one_process_does(
 ) -> None:
     """With torchrun also from sample indices that lie on each node's own disk."""
     if launcher == "mpirun":
-        pytest.importorskip(
-            "mpi4py", reason="mpi4py is not installed: pip install 'skipmega[mpi]'", exc_type=ImportError
-        )
+        pytest.importorskip("mpi4py", reason="pip install 'skipmega[mpi]'", exc_type=ImportError)
+        if shutil.which("mpirun") is None:
+            pytest.skip("mpirun is not on PATH: apt-get install openmpi-bin")
     run = tmp_path / "run"
     more = [f"run_dir={run}", "parallel.tensor_parallel=2"]
     if launcher == "torchrun":

@@ -1,6 +1,7 @@
 """Several runs of one configuration as one job array, each with overrides, folder and attempts of its own."""
 
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ def submit_array(
         for task, (run, config) in enumerate(zip(runs, configs, strict=True)):
             write_config(run, config)
             (submission.path / f"log-{task}").symlink_to(run.log)  # SLURM can name logs by numbers only
+        submission.runs.write_text(json.dumps([Path(config.run_dir).name for config in configs]))
     number = client.submit(script)
     for task, run in enumerate(runs):
         record_job(run, f"{number}_{task}", job, root)

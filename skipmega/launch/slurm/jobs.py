@@ -82,6 +82,11 @@ class Submission:
         return self.path / "log"
 
     @property
+    def runs(self) -> Path:
+        """Names of the folders of an array's runs, by task."""
+        return self.path / "runs.json"
+
+    @property
     def job(self) -> dict[str, Any]:
         """The job's number and what was asked for; empty if it was never queued."""
         file = self.path / "job.json"

@@ -63,6 +63,12 @@ class RunStatus:
         return "  ".join(parts)
 
 
+def runs_of(folder: Path) -> list[Path]:
+    """The runs of the last array that was submitted in a folder; the folder itself if it is a run."""
+    arrays = [submission.runs for submission in submissions(folder) if submission.runs.is_file()]
+    return [folder / name for name in json.loads(arrays[-1].read_text())] if arrays else [folder]
+
+
 def read_status(run: Path) -> RunStatus:
     """The state of a run's last submission that was queued.
 
