@@ -34,7 +34,8 @@ _OPEN_FILES = 4096
 _CLOCK_SECONDS = 5.0
 _USED_GIB = 1.5  # of a GPU, this process's context and a stranger's included
 _REDUCED = {"cuda": 1 << 25, "cpu": 1 << 20}  # fp32 elements
-_PRODUCTS = {"cuda": (8192, 50), "cpu": (512, 5)}  # size of bf16 matrices, and how many products of them
+# size and type of square matrices, and how many products of them
+_PRODUCTS = {"cuda": (8192, torch.bfloat16, 50), "cpu": (512, torch.float32, 5)}
 _SLOW = 0.5  # of the median over all processes
 
 
@@ -202,13 +203,13 @@ def _products(grid: ParallelGrid) -> list[Finding]:
     """Matrix products, on every device at once: none far behind the others."""
     _multiply(grid.device)
     seconds = _time(grid, lambda: _multiply(grid.device))
-    size, count = _PRODUCTS[grid.device.type]
+    size, _, count = _PRODUCTS[grid.device.type]
     return _compare(grid, "matrix products", 2 * size**3 * count / seconds / 1e12, "TFLOP/s")
 
 
 def _multiply(device: torch.device) -> None:
-    size, count = _PRODUCTS[device.type]
-    matrix = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    size, dtype, count = _PRODUCTS[device.type]
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
     for _ in range(count):
         matrix @ matrix
 
@@ -227,11 +228,11 @@ def _sums(grid: ParallelGrid, name: str, axis: Axis) -> list[Finding]:
 def _compare(grid: ParallelGrid, what: str, speed: float, unit: str) -> list[Finding]:
     speeds = _gathered(speed)
     if grid.rank == 0:
-        print(f"{what}: {min(speeds):.2f} to {max(speeds):.2f} {unit}", flush=True)
+        print(f"{what}: {min(speeds):.3g} to {max(speeds):.3g} {unit}", flush=True)
     usual = statistics.median(speeds)
     if speed >= _SLOW * usual:
         return []
-    return [Finding(_node(), f"{what} at {speed:.2f} {unit}, where {usual:.2f} is usual", fatal=False)]
+    return [Finding(_node(), f"{what} at {speed:.3g} {unit}, where {usual:.3g} is usual", fatal=False)]
 
 
 def _time(grid: ParallelGrid, work: Callable[[], object]) -> float:

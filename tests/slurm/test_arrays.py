@@ -9,10 +9,11 @@ from slurm_cluster import Cluster
 from stand_in_runs import StandInRun
 from submitting import refused_by_submit, script
 
+from skipmega.launch.slurm.client import show_job
 from skipmega.launch.slurm.jobs import Submission
 from skipmega.launch.slurm.status import read_status
 
-LENGTHS = {"1": 40, "2": 60, "3": 40}
+LENGTHS = {"1": 40, "2": 120, "3": 40}
 PLAN = {"interval": 5, "exits": {}}
 
 
@@ -26,8 +27,8 @@ def test_each_run_of_an_array_comes_back_by_itself(
     (tmp_path / "site.yaml").write_text(yaml.safe_dump(one_process))
     folder = tmp_path / "sweep"
     arguments = [
-        *quickstart, f"run_dir={folder}", "--array", "training.seed=1,2,3", "--time", "10", "--no-preflight",
-        "--profile", str(tmp_path / "site.yaml"), "--env", f"PLANS={json.dumps(plans)}",
+        *quickstart, f"run_dir={folder}", "--array", "training.seed=1,2,3", "--at-once", "2", "--time", "10",
+        "--no-preflight", "--profile", str(tmp_path / "site.yaml"), "--env", f"PLANS={json.dumps(plans)}",
     ]  # fmt: skip
     printed = script(repository / "slurm" / "submit.py", *arguments)
     number = re.search(r"^job array (\d+) of 3 runs$", printed, re.MULTILINE)
@@ -37,9 +38,10 @@ def test_each_run_of_an_array_comes_back_by_itself(
         for task, name in enumerate(plans)
     ]
     undisturbed, warned, crashed = runs
+    assert show_job(crashed.job)["ArrayTaskThrottle"] == "2"
     warned.wait_for_steps(5)
     cluster.command("scancel", "--batch", "--signal=USR1", str(warned.job))
-    assert f"job {undisturbed.job} of run_dir" in refused_by_submit(*arguments)
+    assert re.search(rf"job {number[1]}_\d of run_dir.* is still in the queue", refused_by_submit(*arguments))
     for run, events in (
         (undisturbed, ["start", "done"]),
         (warned, ["start", "saved", "start", "done"]),

@@ -54,9 +54,10 @@ def test_what_ends_a_job_and_what_brings_it_back(cluster: Cluster, start: Start)
 
 def test_a_warning_saves_and_requeues(cluster: Cluster, start: Start, repository: Path) -> None:
     """SLURM's signal to the batch shell, a requeue by hand, a person's wish to stop, a new submission."""
-    warned, stopped = start("warned", nodes=1), start("stopped", {"steps": 60}, nodes=1)
-    requeued = start("requeued", nodes=1)
-    for run in (warned, stopped, requeued):
+    warned, stopped, requeued = runs = [
+        start(name, {"steps": 80}, nodes=1) for name in ("warned", "stopped", "requeued")
+    ]
+    for run in runs:
         run.wait_for_steps(5)
     ask_to_stop(stopped.folder)
     cluster.command("scontrol", "requeue", str(requeued.job))
