@@ -18,11 +18,9 @@ def describe_libraries(device: torch.device) -> str:
     versions = [f"python {platform.python_version()}"]
     versions += [f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "megatron-core")]
     if device.type == "cuda":
-        versions += [f"triton {metadata.version('triton')}", f"CUDA {torch.version.cuda}"]
-        versions += [
-            f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}",
-            torch.cuda.get_device_name(device),
-        ]
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        versions += [f"triton {metadata.version('triton')}", f"CUDA {torch.version.cuda}", f"NCCL {nccl}"]
+        versions.append(torch.cuda.get_device_name(device))
     else:
         versions.append(f"{dist.get_backend()} (torch's), {torch.get_num_threads()} threads")
     return ", ".join(versions)

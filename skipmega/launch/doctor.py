@@ -36,6 +36,7 @@ _USED_GIB = 1.5  # of a GPU, this process's context and a stranger's included
 _REDUCED = {"cuda": 1 << 25, "cpu": 1 << 20}  # fp32 elements
 # size and type of square matrices, and how many products of them
 _PRODUCTS = {"cuda": (8192, torch.bfloat16, 50), "cpu": (512, torch.float32, 5)}
+_BUSY = 5  # times that work: less than half a second, which NVML's answers may take
 _SLOW = 0.5  # of the median over all processes
 
 
@@ -68,7 +69,8 @@ def examine_gpu(device: torch.device) -> GpuHealth | str:
     """The health of this process's GPU, at work; or why it is not available."""
     if device.type != "cuda":
         return "no GPU"
-    _multiply(device)  # only queued: what holds clocks back shows under load
+    for _ in range(_BUSY):
+        _multiply(device)  # only queued: what holds clocks back shows under load
     try:
         return read_health(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except pynvml.NVMLError as error:
