@@ -28,9 +28,9 @@ def alone(quickstart: list[str], tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 @pytest.fixture
-def own_disk(cluster: Cluster) -> Iterator[Path]:
+def own_disk(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
     """A folder behind which every node has a file system of its own."""
-    folder = cluster.base / "scratch"
+    folder = tmp_path / "scratch"
     folder.mkdir()
     for node in NODES:
         cluster.do("hide", node, str(folder))
