@@ -2,6 +2,7 @@
 """Evaluates a native checkpoint or a Hugging Face export on lm-eval tasks.
 
 python tools/evaluate.py runs/quickstart --tasks heldout --include-path runs/quickstart/tasks
+python tools/evaluate.py exported --tasks skiplayer24 --data-dir FOLDER-OF-SETS
 torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks piqa
 """
 
@@ -20,6 +21,7 @@ def main() -> None:
     settings = {
         "num_fewshot": arguments.num_fewshot,
         "include_paths": arguments.include_path,
+        "data_dir": arguments.data_dir,
         "limit": arguments.limit,
         "batch_size": arguments.batch_size,
         "seed": arguments.seed,
@@ -45,8 +47,11 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a run folder, a checkpoint, or an export")
-    parser.add_argument("--tasks", required=True, help="lm-eval task names, separated by commas")
+    parser.add_argument(
+        "--tasks", required=True, help="tasks of lm-eval or suites (skiplayer24), separated by commas"
+    )
     parser.add_argument("--include-path", action="append", default=[], help="folder of own task files")
+    parser.add_argument("--data-dir", help="folder of the sets of a suite (left out: the Hugging Face cache)")
     parser.add_argument("--num-fewshot", type=int, default=1, help="examples in the context (1)")
     parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
     parser.add_argument("--batch-size", type=int, default=8)
