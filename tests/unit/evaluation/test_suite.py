@@ -1,4 +1,4 @@
-"""The suite: every task on rows of its data set's columns, on files of finished questions, and what is refused."""
+"""The suite: every task on rows of its data set's columns or finished questions, and what is refused."""
 
 import json
 from pathlib import Path
@@ -24,16 +24,34 @@ ROWS: dict[str, dict[str, Any]] = {
     "nq_open": {"question": "who", "answer": ["Ann"]},
     "webqs": {"question": "who?", "answers": ["Ann", "Bob"]},
     "squadv2": {"title": "T", "context": "Ann sang.", "question": "Who?", "answers": {"text": ["Ann"]}},
-    "hellaswag": {"activity_label": "Run", "ctx_a": "A man", "ctx_b": "he", "endings": ["x", "y"], "label": "1"},
+    "hellaswag": {
+        "activity_label": "Run",
+        "ctx_a": "A man",
+        "ctx_b": "he",
+        "endings": ["x", "y"],
+        "label": "1",
+    },
     "storycloze": {
-        "input_sentence_1": "A.", "input_sentence_2": "B.", "input_sentence_3": "C.", "input_sentence_4": "D.",
-        "sentence_quiz1": "E.", "sentence_quiz2": "F.", "answer_right_ending": 2,
+        "input_sentence_1": "A.",
+        "input_sentence_2": "B.",
+        "input_sentence_3": "C.",
+        "input_sentence_4": "D.",
+        "sentence_quiz1": "E.",
+        "sentence_quiz2": "F.",
+        "answer_right_ending": 2,
     },
     "winograd": {
-        "text": "Ann saw Eve as she ran.", "pronoun": "she", "pronoun_loc": 15, "options": ["Ann", "Eve"], "label": 1,
+        "text": "Ann saw Eve as she ran.",
+        "pronoun": "she",
+        "pronoun_loc": 15,
+        "options": ["Ann", "Eve"],
+        "label": 1,
     },
     "winogrande": {"sentence": "Ann saw Eve as _ ran.", "option1": "Ann", "option2": "Eve", "answer": "2"},
-    "race_m": {"article": "Ann ran.", "problems": str([{"question": "Who?", "options": list("abcd"), "answer": "B"}])},
+    "race_m": {
+        "article": "Ann ran.",
+        "problems": str([{"question": "Who?", "options": list("abcd"), "answer": "B"}]),
+    },
     "piqa": {"goal": "Open it", "sol1": "push", "sol2": "pull", "label": 1},
     "arc_easy": {"question": "Which?", "choices": CHOICES, "answerKey": "B"},
     "openbookqa": {"question_stem": "Which", "choices": CHOICES, "answerKey": "B"},
@@ -41,16 +59,31 @@ ROWS: dict[str, dict[str, Any]] = {
     "cb": {**NLI, "label": 1},
     "copa": {"premise": "It rained.", "question": "effect", "choice1": "Dry.", "choice2": "Wet.", "label": 1},
     "rte": {**NLI, "label": 1},
-    "wic": {"sentence1": "a bank", "sentence2": "the bank", "start1": 2, "end1": 6, "word": "bank", "label": 1},
-    "wsc": {"text": "Ann ran as she sang", "span1_text": "Ann", "span2_text": "she", "span2_index": 3, "label": 1},
+    "wic": {
+        "sentence1": "a bank",
+        "sentence2": "the bank",
+        "start1": 2,
+        "end1": 6,
+        "word": "bank",
+        "label": 1,
+    },
+    "wsc": {
+        "text": "Ann ran as she sang",
+        "span1_text": "Ann",
+        "span2_text": "she",
+        "span2_index": 3,
+        "label": 1,
+    },
     "multirc": {"paragraph": "Ann ran.", "question": "Who?", "answer": "Ann", "label": 1},
     "record": {
-        "passage": "Ann ran.\n@highlight\nA run", "query": "@placeholder ran", "entities": ["Ann", "Bob"],
+        "passage": "Ann ran.\n@highlight\nA run",
+        "query": "@placeholder ran",
+        "entities": ["Ann", "Bob"],
         "answers": ["Ann"],
     },
     "anli_r1": {**NLI, "label": 1},
     "lambada": {"text": "one two three four"},
-}  # fmt: skip
+}
 ROWS |= {"race_h": ROWS["race_m"], "arc_challenge": ROWS["arc_easy"]}
 ROWS |= {"anli_r2": ROWS["anli_r1"], "anli_r3": ROWS["anli_r1"]}
 QUESTIONS = [{"query": f"Question: {n}?", "choices": ["a", "b"], "gold": n % 2} for n in range(4)]
@@ -144,15 +177,18 @@ def test_averages_weigh_tasks_alike():
 
 
 def test_squad_scores_follow_the_published_rules():
-    from skipmega.evaluation.suites.squadv2 import process_results
+    from skipmega.evaluation.suites.squad import score_answer, score_entity
 
     asked = {"answers": {"text": ["the Norman Conquest", "Normans"]}}
     unanswerable = {"answers": {"text": []}}
-    assert process_results(asked, ["Norman conquest."]) == {"exact": 1.0, "f1": 1.0}
-    assert process_results(asked, [" the big Normans"]) == {"exact": 0.0, "f1": pytest.approx(2 / 3)}
-    assert process_results(asked, ["unanswerable"]) == {"exact": 0.0, "f1": 0.0}
-    assert process_results(unanswerable, ["Unanswerable."]) == {"exact": 1.0, "f1": 1.0}
-    assert process_results(unanswerable, ["Normans"]) == {"exact": 0.0, "f1": 0.0}
+    assert score_answer(asked, ["Norman conquest."]) == {"exact": 1.0, "f1": 1.0}
+    assert score_answer(asked, [" the big Normans"]) == {"exact": 0.0, "f1": pytest.approx(2 / 3)}
+    assert score_answer(asked, ["unanswerable"]) == {"exact": 0.0, "f1": 0.0}
+    assert score_answer(unanswerable, ["Unanswerable."]) == {"exact": 1.0, "f1": 1.0}
+    assert score_answer(unanswerable, ["Normans"]) == {"exact": 0.0, "f1": 0.0}
+    query = {"entities": ["Bob", "Ann Lee", "Bob"], "answers": ["the Ann"]}  # choices are sorted and distinct
+    found = score_entity(query, [(-1.0, False), (-2.0, False)])
+    assert found == {"em": 0.0, "f1": pytest.approx(2 / 3)}
 
 
 def test_the_list_is_the_users_to_choose(make_bigram, byte_tokenizer, tmp_path):
