@@ -1,4 +1,4 @@
-"""Reading on from cached keys and values gives what reading the whole text anew gives, whatever the routing."""
+"""Reading on from cached keys and values gives what reading the whole text gives, whatever the routing."""
 
 from typing import Any
 
@@ -100,7 +100,9 @@ def test_one_token_at_a_time_beyond_the_room_that_is_kept(model: NativeModel) ->
     torch.testing.assert_close(torch.stack(steps), expected, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("routing", [{"keys_values": "executed"}, {"eval_capacity_factor": 1.0}])
+@pytest.mark.parametrize(
+    "routing", [{"keys_values": "executed"}, {"eval_capacity_factor": 1.0, "group_size": 8}]
+)
 def test_what_depends_on_more_than_keys_and_values_does_not_read_on(
     grid: ParallelGrid, routing: dict[str, Any]
 ) -> None:
