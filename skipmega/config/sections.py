@@ -236,6 +236,23 @@ class CheckpointConfig(Section):
     resume: str = "auto"
 
 
+class EvaluationConfig(Section):
+    """Tasks that are evaluated every ``interval`` steps (0: never) and at the end, on the grid that trains.
+
+    ``tasks`` are names of lm-eval's tasks and of suites, whose sets lie in ``data_dir`` (left out: the
+    Hugging Face cache); ``include_paths`` folders of own task files. The first ``limit`` questions of each are
+    asked, ``batch_size`` at a time, after ``num_fewshot`` examples. A request to stop waits for the answers.
+    """
+
+    interval: int = Field(0, ge=0)
+    tasks: list[str] = Field(default_factory=lambda: ["skiplayer24"], min_length=1)
+    data_dir: str | None = None
+    include_paths: list[str] = Field(default_factory=list)
+    limit: int = Field(100, ge=1)
+    num_fewshot: int = Field(1, ge=0)
+    batch_size: int = Field(16, ge=1)
+
+
 class LoggingConfig(Section):
     """Sinks beside the JSONL file that is always written. ``peak_tflops`` (per device, dense bf16) gives
     the MFU; without it none is reported."""

@@ -28,13 +28,20 @@ class NativeModel:
     """
 
     def __init__(
-        self, config: RunConfig, grid: ParallelGrid, stage: DecoderStage, routing: RoutingState, step: int
+        self,
+        config: RunConfig,
+        grid: ParallelGrid,
+        stage: DecoderStage,
+        routing: RoutingState,
+        step: int,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.grid = grid
         self.stage = stage.eval()
         self._routing = routing
         self._steps_done = step
+        self._before_pass = before_pass
 
     @classmethod
     def load(
@@ -151,6 +158,7 @@ class NativeModel:
         return result
 
     def _run(self, tokens: Tensor, at: Tensor, cache: KeyValueCache | None) -> Tensor:
+        self._before_pass()
         tokens, at = tokens.to(self.device), at.to(self.device)
         batch, length = tokens.shape
         collected = run_micro_batches(

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -20,6 +21,7 @@ from skipmega.data.datasets import RunDatasets, build_datasets
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import CheckpointDamagedError, CheckpointError, ConfigError
 from skipmega.launch.backends import describe_kernels
+from skipmega.launch.live_tasks import LiveTasks, check_tasks
 from skipmega.launch.run_folder import RunFolder
 from skipmega.models.flops import count_parameters, training_flops_per_token
 from skipmega.models.stages import cut_stages, stage_costs
@@ -47,6 +49,8 @@ def pretrain(config: RunConfig, process: ProcessInfo) -> None:
     config, tokenizer = resolve(config, process.world_size)
     folder = RunFolder(config)
     folder.check()
+    if config.evaluation.interval:
+        check_tasks(config.evaluation)
     stops = StopRequests(folder.stop_file if process.rank == 0 else None, config.training.max_duration)
     stops.listen()
     try:
@@ -65,6 +69,7 @@ def _pretrain(
     progress, origin = resume(engine, grid, folder)
     sinks = _start_records(engine, folder, progress, attempt, origin) if grid.rank == 0 else []
     held_out = data.valid
+    live = LiveTasks(engine, tokenizer)
     with Watchdog(
         folder.heartbeats(attempt), grid.rank, grid.world_size, 60 * config.training.hang_minutes
     ) as watchdog:
@@ -82,6 +87,7 @@ def _pretrain(
             check_owned=lambda: folder.check_owned(attempt) if grid.rank == 0 else None,
             go_back=lambda: resume(engine, grid, folder)[1],
             beat=watchdog.beat,
+            ask_tasks=partial(live.ask, watchdog.beat) if config.evaluation.interval else None,
         )
         loop.run()
     for sink in sinks:

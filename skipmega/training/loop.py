@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +76,7 @@ class TrainingLoop:
         check_owned: raises on the first process when the run has been taken over.
         go_back: puts the state of the last good checkpoint back, if there is one, and returns its path.
         beat: is told the step (0-based) and what it enters, for whoever watches.
+        ask_tasks: evaluates the tasks of ``evaluation`` after so many steps and returns what to record.
     """
 
     _sums: StepSums
@@ -94,6 +96,7 @@ class TrainingLoop:
         check_owned: Callable[[], None],
         go_back: Callable[[], Path | None],
         beat: Beat,
+        ask_tasks: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -106,6 +109,7 @@ class TrainingLoop:
         self.check_owned = check_owned
         self.go_back = go_back
         self.beat = beat
+        self.ask_tasks = ask_tasks
         self.end = config.training.stop_after or config.training.steps
         self.agreement = Agreement()
         self.guard = StepGuard(config, engine, progress.recent_losses, beat)
@@ -136,6 +140,8 @@ class TrainingLoop:
                 self.record(self._norm)
             if self._due(self.config.training.eval_interval):
                 self.evaluate()
+            if self.ask_tasks is not None and self._due(self.config.evaluation.interval):
+                self._aside(partial(self._record_tasks, self.ask_tasks))
             if self._due(self.config.checkpoint.interval):
                 self._save()
             self._heed()
@@ -237,6 +243,9 @@ class TrainingLoop:
             self._alarm(self._held_out_alarms.check(seen))
 
         self._aside(measure)
+
+    def _record_tasks(self, ask: Callable[[int], dict[str, Any]]) -> None:
+        self._write({"kind": "tasks", "step": self.progress.step, **ask(self.progress.step)})
 
     def _save(self) -> None:
         """Begin to save, once a step; no state that may be at fault over a good one, unless the run ends."""

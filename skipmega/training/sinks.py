@@ -143,6 +143,9 @@ def _line(record: Record) -> str:
         return f"step {step}: start of attempt {record['attempt']}"
     if record["kind"] == "alarm":
         return f"step {step}: ALARM: {record['message']}"
+    if record["kind"] == "tasks":
+        numbers = [f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float)]
+        return f"step {step}: {', '.join(numbers)}"
     density = record.get("density") or [1.0]
     shares = f"density {sum(density) / len(density):.3f} ({min(density):.2f}-{max(density):.2f})"
     if record["kind"] == "eval":
