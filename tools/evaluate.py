@@ -32,11 +32,15 @@ def main() -> None:
                 f"--eval-density={arguments.eval_density} moves the thresholds of a native checkpoint, and "
                 f"{arguments.model} is an export: export again with tools/export_hf.py --eval-density"
             )
+        if arguments.follow:
+            raise ConfigError(
+                f"--follow waits for checkpoints, and {arguments.model} is an export: give a run"
+            )
         result = evaluate_export(arguments.model, tasks, **settings)
         is_first = True
     else:
         result, is_first = _evaluate_native(arguments, tasks, settings)
-    if is_first:
+    if is_first and result is not None:
         print(result.table())
         if arguments.output:
             result.write_json(arguments.output)
@@ -63,6 +67,11 @@ def _parse() -> argparse.Namespace:
         help="share of tokens that execute in each routed layer of a native model (left out: "
         "routing.eval_density, or as trained)",
     )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="evaluate every checkpoint of a run until its last, into RUN/evaluations/",
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, help="of a native model's grid")
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="of a native model's grid")
     return parser.parse_args()
@@ -75,9 +84,9 @@ def _evaluate_native(arguments, tasks, settings):
     from skipmega.evaluation import evaluate_tasks
     from skipmega.inference.native import NativeModel
     from skipmega.launch.environment import discover_process
+    from skipmega.launch.follow import follow_checkpoints
     from skipmega.parallel.grid import create_grid, end_communication
 
-    checkpoint = Checkpoint.open(arguments.model)
     process = discover_process()
     grid = create_grid(
         process,
@@ -85,9 +94,20 @@ def _evaluate_native(arguments, tasks, settings):
             tensor_parallel=arguments.tensor_parallel, pipeline_parallel=arguments.pipeline_parallel
         ),
     )
-    model = NativeModel.load(checkpoint, grid, eval_density=arguments.eval_density)
-    tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
-    result = evaluate_tasks(model, tokenizer, tasks, **settings)
+
+    def evaluate(checkpoint):
+        model = NativeModel.load(checkpoint, grid, eval_density=arguments.eval_density)
+        tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
+        return evaluate_tasks(model, tokenizer, tasks, model_name=str(checkpoint.path), **settings)
+
+    result = None
+    if arguments.follow:
+        for path, result in follow_checkpoints(arguments.model, evaluate, grid):
+            if grid.rank == 0:
+                print(f"{path}\n{result.table()}", flush=True)
+        result = None
+    else:
+        result = evaluate(Checkpoint.open(arguments.model))
     end_communication()
     return result, grid.rank == 0
 

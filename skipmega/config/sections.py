@@ -240,8 +240,9 @@ class EvaluationConfig(Section):
     """Tasks that are evaluated every ``interval`` steps (0: never) and at the end, on the grid that trains.
 
     ``tasks`` are names of lm-eval's tasks and of suites, whose sets lie in ``data_dir`` (left out: the
-    Hugging Face cache); ``include_paths`` folders of own task files. The first ``limit`` questions of each are
-    asked, ``batch_size`` at a time, after ``num_fewshot`` examples. A request to stop waits for the answers.
+    Hugging Face cache); ``include_paths`` folders of own task files. The first ``limit`` questions of each
+    are asked, ``batch_size`` at a time, after ``num_fewshot`` examples. Whoever asks to stop must wait for
+    the answers.
     """
 
     interval: int = Field(0, ge=0)

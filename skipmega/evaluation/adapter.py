@@ -45,6 +45,8 @@ class SkipmegaLM(TemplateLM):
         tokenizer: the model's own.
         batch_size: sequences in one call of the model.
         show_progress: whether this process draws progress bars.
+
+    ``truncated`` counts the requests so far that lost their beginning.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SkipmegaLM(TemplateLM):
         self._text_tokenizer = tokenizer
         self._batch_size = batch_size
         self._show_progress = show_progress
+        self.truncated = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -238,6 +241,7 @@ class SkipmegaLM(TemplateLM):
         return self._text_tokenizer.decode([token for token in ids if token < size])
 
     def _warn_of_cuts(self, cut: int, total: int) -> None:
+        self.truncated += cut
         if cut and self._show_progress:
             _LOGGER.warning(
                 "%d of %d requests lost their beginning: they are longer than the model's %d tokens",

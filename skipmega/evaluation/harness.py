@@ -184,6 +184,7 @@ def _evaluate(adapter: Any, settings: _Settings, model_name: str) -> EvaluationR
         tasks=tasks,
         averages=[average for written in suites for average in average_families(written.suite, tasks)],
         missing=missing,
+        truncated=getattr(adapter, "truncated", None),
         settings=settings.describe(),
         versions=_versions(),
         seconds=time.perf_counter() - started,

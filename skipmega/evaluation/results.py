@@ -80,6 +80,8 @@ class EvaluationResult:
     """One evaluation of one model.
 
     ``averages`` are those of suites, ``missing`` says of each of their tasks that was not evaluated why.
+    ``truncated`` counts the requests that lost their beginning, since they were longer than the model (None
+    where lm-eval's own model does not tell).
     ``settings`` are the arguments that decide the numbers, ``versions`` those of the software,
     ``seconds`` the wall time of the whole evaluation and ``finished`` its end, UTC, ISO 8601.
     """
@@ -88,6 +90,7 @@ class EvaluationResult:
     tasks: list[TaskResult]
     averages: list[Average]
     missing: dict[str, str]
+    truncated: int | None
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
@@ -116,6 +119,8 @@ class EvaluationResult:
         lines = [_line(_HEADERS, widths), rule, *[_line(row, widths) for row in rows]]
         if self.averages:
             lines += ["", *[average.describe() for average in self.averages]]
+        if self.truncated:
+            lines += ["", f"{self.truncated} requests lost their beginning: they are longer than the model"]
         if self.missing:
             lines += ["", *[f"missing: {name}: {reason}" for name, reason in self.missing.items()]]
         return "\n".join(lines)

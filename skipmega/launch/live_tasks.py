@@ -57,7 +57,12 @@ class LiveTasks:
             for average in result.averages
             if average.complete
         }
-        return {**scores, **averages, "missing": list(result.missing), "seconds": result.seconds}
+        told = {
+            "missing": ", ".join(result.missing),
+            "truncated": result.truncated,
+            "seconds": result.seconds,
+        }
+        return {**scores, **averages, **told}
 
 
 def check_tasks(settings: EvaluationConfig) -> None:

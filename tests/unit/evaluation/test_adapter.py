@@ -71,6 +71,7 @@ def test_long_context_is_cut_from_the_left(make_bigram, byte_tokenizer, caplog):
     )
     assert long == cut
     assert "1 of 2 requests lost their beginning" in caplog.text
+    assert adapter.truncated == 1
 
 
 def test_continuation_longer_than_the_model_is_refused(make_bigram, byte_tokenizer):
