@@ -36,14 +36,16 @@ def main() -> None:
             raise ConfigError(
                 f"--follow waits for checkpoints, and {arguments.model} is an export: give a run"
             )
-        result = evaluate_export(arguments.model, tasks, **settings)
-        is_first = True
+        report([evaluate_export(arguments.model, tasks, **settings)], arguments.output)
     else:
-        result, is_first = _evaluate_native(arguments, tasks, settings)
-    if is_first and result is not None:
-        print(result.table())
-        if arguments.output:
-            result.write_json(arguments.output)
+        report(_native_results(arguments, tasks, settings), arguments.output)
+
+
+def report(results, output):
+    for result in results:
+        print(result.table(), flush=True)
+        if output:
+            result.write_json(output)
 
 
 def _parse() -> argparse.Namespace:
@@ -77,7 +79,8 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _evaluate_native(arguments, tasks, settings):
+def _native_results(arguments, tasks, settings):
+    """Yields results on the first process."""
     from skipmega.checkpoint.store import Checkpoint
     from skipmega.config import ParallelConfig
     from skipmega.data.tokenizer import Tokenizer
@@ -100,16 +103,14 @@ def _evaluate_native(arguments, tasks, settings):
         tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
         return evaluate_tasks(model, tokenizer, tasks, model_name=str(checkpoint.path), **settings)
 
-    result = None
     if arguments.follow:
-        for path, result in follow_checkpoints(arguments.model, evaluate, grid):
-            if grid.rank == 0:
-                print(f"{path}\n{result.table()}", flush=True)
-        result = None
+        results = follow_checkpoints(arguments.model, evaluate, grid)
     else:
-        result = evaluate(Checkpoint.open(arguments.model))
+        results = [evaluate(Checkpoint.open(arguments.model))]
+    for result in results:
+        if grid.rank == 0:
+            yield result
     end_communication()
-    return result, grid.rank == 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def follow_checkpoints(
     evaluate: Callable[[Checkpoint], EvaluationResult],
     grid: ParallelGrid,
     seconds: float = 30.0,
-) -> Iterator[tuple[Path, EvaluationResult]]:
+) -> Iterator[EvaluationResult]:
     """Evaluate every checkpoint of a run, oldest first, until that of its last step.
 
     What was found is written to ``evaluations/CHECKPOINT.json`` in the run folder, and not evaluated again by
@@ -33,7 +33,7 @@ def follow_checkpoints(
         seconds: between two looks for new checkpoints.
 
     Yields:
-        The file and the result, on every process.
+        Each result, on every process.
 
     Raises:
         ConfigError: ``run_dir`` is not a run folder.
@@ -50,7 +50,7 @@ def follow_checkpoints(
                 path.parent.mkdir(exist_ok=True)
                 result.write_json(path)
             dist.barrier()
-            yield path, result
+            yield result
         elif is_over:
             return
         else:
