@@ -12,12 +12,13 @@ from skipmega.config import RunConfig
 from skipmega.errors import RunFaultError, RunFencedError, RunStopped
 from skipmega.parallel.agreement import Agreement
 from skipmega.routing.state import warmed_up
+from skipmega.training.energy import energy_source, of_all_devices
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.guard import Batches, Beat, StepGuard, reported
 from skipmega.training.metrics import (
     HeldOutAlarms,
     RoutingAlarms,
-    StepTimer,
+    StepMeter,
     peak_memory_gib,
     routing_numbers,
     speed_numbers,
@@ -116,7 +117,10 @@ class TrainingLoop:
         self._began, self._saved_step = progress.step, 0
         self._discarded, self._discarded_in_a_row = False, 0
         self._went_back_to: Path | None = None
-        self._timer = StepTimer()
+        energy = energy_source(engine.grid.device)
+        self._seconds = StepMeter()
+        self._joules = StepMeter(energy) if energy else None
+        self._meters = [meter for meter in (self._seconds, self._joules) if meter]
         self._alarms = RoutingAlarms(config)
         self._held_out_alarms = HeldOutAlarms(config)
         self._forget()
@@ -169,7 +173,9 @@ class TrainingLoop:
         """Reduce what was seen since the last record and write it."""
         seen = average(self._sums, self.config, self.engine.grid)
         routing = routing_numbers(self.config, seen)
-        speed = speed_numbers(self.config, seen, self._steps, self._timer.read(), self.engine.grid.world_size)
+        grid, joules = self.engine.grid, self._joules.read() if self._joules else None
+        joules = of_all_devices(joules, grid.device)
+        speed = speed_numbers(self.config, seen, self._steps, self._seconds.read(), grid.world_size, joules)
         self._write(
             {
                 "kind": "train",
@@ -202,7 +208,8 @@ class TrainingLoop:
             RunFaultError: there is no good checkpoint, or going back to it did not help.
         """
         self._forget()
-        self._timer.read()
+        for meter in self._meters:
+            meter.read()
         self._discarded_in_a_row += 1
         self.progress.discarded_updates += 1
         limit = self.config.training.max_discarded
@@ -291,10 +298,12 @@ class TrainingLoop:
         return step == self.end or (interval > 0 and step % interval == 0)
 
     def _aside(self, work: Callable[[], object]) -> None:
-        """Do what is not training without counting its time as training's."""
-        self._timer.pause()
+        """Do what is not training without counting its time and energy as training's."""
+        for meter in self._meters:
+            meter.pause()
         work()
-        self._timer.resume()
+        for meter in self._meters:
+            meter.resume()
 
     def _alarm(self, messages: list[str]) -> None:
         for message in messages:

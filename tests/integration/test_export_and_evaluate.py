@@ -73,7 +73,7 @@ def tasks(home: Path) -> list[str]:
 
 
 def write_suite(home: Path) -> Path:
-    """Six tasks of the suite, generation among them, and the first twelve questions of each in ``home/sets``."""
+    """Six tasks of the suite, generation among them; twelve questions of each in ``home/sets``."""
     suite = yaml.safe_load((SUITES_DIR / "skiplayer24.yaml").read_text())
     suite |= {"name": "suite", "tasks": {name: suite["tasks"][name] for name in SUITE}}
     (home / "sets").mkdir()

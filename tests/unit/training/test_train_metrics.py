@@ -11,7 +11,7 @@ from skipmega.training import metrics
 from skipmega.training.metrics import (
     HeldOutAlarms,
     RoutingAlarms,
-    StepTimer,
+    StepMeter,
     executed_shares,
     peak_memory_gib,
     routing_numbers,
@@ -180,7 +180,7 @@ def test_routers_that_decide_nothing_ring_nothing(router: str, share: float) -> 
 def test_the_timer_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
-    timer = StepTimer()
+    timer = StepMeter()
     now += 3
     timer.pause()
     now += 50
