@@ -16,6 +16,9 @@ from skipmega.launch.environment import discover_process
 from support.tiny_run import pretrain_each, records
 from support.worlds import run_world
 
+pytestmark = pytest.mark.timeout(900)
+
+LIMIT = 400.0
 GRIDS = {"DP2": [], "TP2": ["parallel.tensor_parallel=2"], "PP2": ["parallel.pipeline_parallel=2"]}
 BATCHES = ["training.micro_batch_size=2", "training.global_batch_size=8"]
 LENGTH = ["training.steps=4", "training.eval_interval=4", "checkpoint.interval=2", "checkpoint.keep=0"]
@@ -43,14 +46,16 @@ def runs(home: Path, tiny_config: Path) -> Path:
         [f"run_dir={home / name}", "evaluation.interval=2", *asks, *grid, *BATCHES, *LENGTH]
         for name, grid in GRIDS.items()
     ]
-    run_world(pretrain_each, 2, tiny_config, [plain, *each], variables={"HF_HOME": str(home / "hf")})
+    run_world(
+        pretrain_each, 2, tiny_config, [plain, *each], limit=LIMIT, variables={"HF_HOME": str(home / "hf")}
+    )
     return home
 
 
 @pytest.fixture(scope="module")
 def followed(runs: Path) -> list[str]:
     """The checkpoints that a job found, in order; it is started twice."""
-    (found,) = run_world(follow, 1, runs, variables={"HF_HOME": str(runs / "hf")})
+    (found,) = run_world(follow, 1, runs, limit=LIMIT, variables={"HF_HOME": str(runs / "hf")})
     return found
 
 
