@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from skipmega.config import RunConfig
-from skipmega.errors import RunFaultError, RunFencedError, RunStopped
+from skipmega.errors import ReplicaDriftError, RunFaultError, RunFencedError, RunStopped
 from skipmega.parallel.agreement import Agreement
 from skipmega.routing.state import warmed_up
 from skipmega.training.energy import energy_source, of_all_devices
@@ -155,7 +155,11 @@ class TrainingLoop:
     def train_step(self) -> None:
         """One optimizer step, whose update may be discarded."""
         step, rate = self.progress.step, learning_rate(self.config, self.progress.step)
-        done = self.guard.step(self.train_batches, self._sums, step, rate)
+        try:
+            done = self.guard.step(self.train_batches, self._sums, step, rate)
+        except ReplicaDriftError:
+            self.saver.wait()  # what is still being written was sound
+            raise
         self.progress.step += 1
         self.progress.consumed_samples += self.config.training.global_batch_size
         self._discarded = done.problem is not None
