@@ -20,6 +20,12 @@ class DataError(SkipmegaError):
     """A corpus, tokenizer or tokenized data set that is missing, damaged or does not fit."""
 
 
+class DataFaultError(DataError):
+    """Storage that does not give data that were there when the run began."""
+
+    exit_code = exit_codes.STOPPED_BY_FAULT
+
+
 class CheckpointError(SkipmegaError):
     """A checkpoint that is missing, damaged, or belongs to another run or architecture."""
 

@@ -139,7 +139,8 @@ class DataConfig(Section):
     """What the model reads. Lengths in tokens.
 
     With ``valid`` left empty, ``split`` (weights of train and valid) cuts each of ``train``'s sources.
-    Documents in one sample do not see each other unless ``attend_across_documents``.
+    Documents in one sample do not see each other unless ``attend_across_documents``. A read that fails is
+    tried again ``read_retries`` times, after 1, 2, 4 ... seconds.
     """
 
     tokenizer: str | None = None
@@ -150,6 +151,7 @@ class DataConfig(Section):
     attend_across_documents: bool = False
     index_cache: str | None = None
     num_workers: int = Field(1, ge=0)
+    read_retries: int = Field(4, ge=0)
 
 
 class OptimizerConfig(Section):

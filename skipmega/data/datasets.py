@@ -25,6 +25,7 @@ from skipmega.config import DataConfig, DataSource
 from skipmega.data.batches import SampleSource
 from skipmega.data.files import atomic_write
 from skipmega.data.indexed import check_dataset
+from skipmega.data.token_reader import read_with_retries
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 
@@ -74,6 +75,8 @@ def build_datasets(
     adapter = _MegatronTokenizer(tokenizer, fingerprints)
     with _process_group(), _indices_whole_or_absent():
         built = [_build_part(part, config.sequence_length, adapter, seed, cache) for part in parts]
+    for part in built:
+        read_with_retries(part, config.read_retries)
     return RunDatasets(train=built[0], valid=built[1] if len(built) > 1 else None)
 
 
@@ -174,6 +177,7 @@ def _build_part(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        mmap_bin_files=False,
         mid_level_dataset_surplus=_surplus(weights, part.samples),
     )
     config.split_matrix = [part.share if split is part.split else None for split in Split]

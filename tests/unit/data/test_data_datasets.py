@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from skipmega.config import DataConfig, DataSource
+from skipmega.data import token_reader
 from skipmega.data.batches import make_loader
 from skipmega.data.datasets import RunDatasets, build_datasets
 from skipmega.data.tokenizer import Tokenizer
-from skipmega.errors import DataError
+from skipmega.errors import DataError, DataFaultError
 
 LENGTH = 16
 WritePair = Callable[..., str]
@@ -222,3 +223,21 @@ def test_a_cache_that_is_not_shared_is_refused(tmp_path: Path, counted: str, tok
         tmp_path, lambda rank: _build(_config(counted), tokenizer, tmp_path / f"node{rank}", valid=0)
     )
     assert all("is not visible on ranks [1]" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_is_cut_while_it_is_read(
+    tmp_path: Path, counted: str, tokenizer: Tokenizer, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a memory map it would be the end of the process, by SIGBUS."""
+    monkeypatch.setattr(token_reader, "_FIRST_PAUSE", 0.0)
+    samples = _build(_config(counted), tokenizer, tmp_path / "cache", train=60, valid=0).train
+    Path(f"{counted}.bin").write_bytes(b"")
+    loader = make_loader(
+        samples, consumed_samples=0, total_samples=60, micro_batch_size=2, dp_rank=0, dp_size=1,
+        document_end=2, num_workers=num_workers, pin_memory=False,
+    )  # fmt: skip
+    with pytest.raises(
+        DataFaultError, match=r"cannot read \d+ bytes of .*counted\.bin at \d+: the file ends at 0"
+    ):
+        next(loader)
