@@ -7,12 +7,12 @@ why no rank is left waiting.
 
 import math
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -25,13 +25,12 @@ from skipmega.config import DataConfig, DataSource
 from skipmega.data.batches import SampleSource
 from skipmega.data.files import atomic_write
 from skipmega.data.indexed import check_dataset
+from skipmega.data.ranks import from_all_ranks, on_rank_0, rank
 from skipmega.data.token_reader import read_with_retries
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 
 _SMALLEST_SURPLUS = 0.005
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def build_datasets(
     """
     parts = _plan_parts(config, num_train_samples, num_valid_samples)
     cache = Path(index_cache)
-    fingerprints = _on_rank_0(lambda: _check_parts(parts, config.sequence_length, tokenizer))
+    fingerprints = on_rank_0(lambda: _check_parts(parts, config.sequence_length, tokenizer))
     _check_cache(cache)
     adapter = _MegatronTokenizer(tokenizer, fingerprints)
     with _process_group(), _indices_whole_or_absent():
@@ -137,9 +136,9 @@ def _check_cache(cache: Path) -> None:
             ) from None
         return name
 
-    marker = cache / _on_rank_0(leave_marker)
-    blind = [rank for rank, seen in enumerate(_from_all_ranks(marker.exists())) if not seen]
-    if _rank() == 0:
+    marker = cache / on_rank_0(leave_marker)
+    blind = [rank for rank, seen in enumerate(from_all_ranks(marker.exists())) if not seen]
+    if rank() == 0:
         marker.unlink()
     if blind:
         raise DataError(
@@ -246,30 +245,3 @@ def _process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _from_all_ranks(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _on_rank_0(function: Callable[[], _Result]) -> _Result:
-    """``function()`` of rank 0, returned on every rank; so is the :class:`DataError` that it raised."""
-    outcome: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            outcome[0] = function()
-        except DataError as error:
-            outcome[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise DataError(outcome[1])
-    return cast(_Result, outcome[0])
