@@ -7,9 +7,9 @@ why no rank is left waiting.
 
 import math
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -25,6 +25,7 @@ from skipmega.config import DataConfig, DataSource
 from skipmega.data.batches import SampleSource
 from skipmega.data.files import atomic_write
 from skipmega.data.indexed import check_dataset
+from skipmega.data.mixture_plan import MixturePlan
 from skipmega.data.ranks import from_all_ranks, on_rank_0, rank
 from skipmega.data.token_reader import read_with_retries
 from skipmega.data.tokenizer import Tokenizer
@@ -35,10 +36,16 @@ _SMALLEST_SURPLUS = 0.005
 
 @dataclass(frozen=True)
 class RunDatasets:
-    """Training and held-out samples in the run's order; ``valid`` is None if none were asked for."""
+    """Training and held-out samples in the run's order; ``valid`` is None if none were asked for.
+
+    ``valid_sources`` are those of single sources, by name, where there are several; ``plan`` says what is
+    drawn of which source. Both are known of the order ``stream`` only.
+    """
 
     train: SampleSource
     valid: SampleSource | None
+    valid_sources: Mapping[str, SampleSource] = field(default_factory=dict)
+    plan: MixturePlan | None = None
 
 
 def build_datasets(
