@@ -28,7 +28,7 @@ def _check_sources(part: str, sources: "Sequence[DataSource]", order: str) -> No
     weights = [source.weight for source in sources]
     if order == "documents" and 0 in weights:
         raise ValueError(
-            f"{part} has a source of weight 0: leave it out (it can rest with order=stream only)"
+            f"{part} has a source of weight 0: leave it out (sources rest with order=stream only)"
         )
     twice = [name for name, times in Counter(source.label for source in sources).items() if times > 1]
     if order == "stream" and twice:

@@ -124,8 +124,8 @@ def open_dataset(prefix: str, tokenizer: Tokenizer) -> OpenedPair:
         )
     if manifest.bin.bytes != manifest.tokens * np.dtype(index.dtype).itemsize:
         raise DataError(
-            f"{manifest_path(prefix)} contradicts itself: {manifest.tokens} tokens of {manifest.dtype} are not "
-            f"{manifest.bin.bytes} bytes; prepare the data again"
+            f"{manifest_path(prefix)} contradicts itself: {manifest.tokens} tokens of {manifest.dtype} are "
+            f"not {manifest.bin.bytes} bytes; prepare the data again"
         )
     return OpenedPair(prefix, manifest.documents, manifest.tokens, manifest.dtype, manifest.idx.sha256)
 

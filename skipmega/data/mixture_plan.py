@@ -35,7 +35,7 @@ class MixturePlan:
     length: int
 
     @classmethod
-    def of(cls, config: DataConfig, streams: Sequence[TokenStream], samples: int) -> "MixturePlan":
+    def of(cls, config: DataConfig, streams: Sequence[TokenStream], seed: int, samples: int) -> "MixturePlan":
         """Plan the first ``samples`` samples of the order.
 
         Raises:
@@ -44,7 +44,7 @@ class MixturePlan:
         stages = _stages(config, streams)
         ends = [min(stage.first_sample, samples) for stage in stages[1:]] + [samples]
         planned, before = [], (0,) * len(streams)
-        mixture = Mixture(stages, 0)
+        mixture = Mixture(stages, seed)
         for stage, end in zip(stages, ends, strict=True):
             after = mixture.drawn(end)
             planned.append(_planned(stage, streams, before, after))

@@ -4,9 +4,7 @@ No index is built. A run of a trillion tokens starts as fast as the headers of i
 no more than their names.
 """
 
-import glob
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from torch import Tensor
 from skipmega.config import DataConfig, DataSource
 from skipmega.data.batches import SampleSource
 from skipmega.data.datasets import RunDatasets
+from skipmega.data.files import find_pairs
 from skipmega.data.indexed import OpenedPair, open_dataset
 from skipmega.data.left_out import LeftOut
 from skipmega.data.mixture import Mixture, Stage
@@ -88,7 +87,7 @@ def build_streams(
 
     train = [stream(source, (0.0, 1.0 if config.valid else cut), "train") for source in config.train]
     left_out = LeftOut(config.leave_out)
-    plan = on_rank_0(lambda: MixturePlan.of(config, train, left_out.number(num_train_samples - 1) + 1))
+    plan = on_rank_0(lambda: MixturePlan.of(config, train, seed, left_out.number(num_train_samples - 1) + 1))
     mixture = Mixture(plan.stages, seed)
     samples = MixedSamples(train, mixture, left_out, num_train_samples)
     if num_valid_samples == 0:
@@ -103,22 +102,6 @@ def build_streams(
         },
         plan=plan,
     )
-
-
-def find_pairs(path: str) -> list[str]:
-    """The pairs that a source's path stands for, without their endings, in the order of their names.
-
-    A path without ``*``, ``?`` and ``[`` is that of one pair, whether it exists or not.
-
-    Raises:
-        DataError: nothing fits a pattern.
-    """
-    if not glob.has_magic(path):
-        return [path]
-    found = sorted(str(Path(index).with_suffix("")) for index in glob.glob(f"{path}.idx"))
-    if not found:
-        raise DataError(f"no data set fits {path}: there is no {path}.idx")
-    return found
 
 
 def _open_sources(sources: Sequence[DataSource], tokenizer: Tokenizer) -> dict[str, list[OpenedPair]]:

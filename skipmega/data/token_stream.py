@@ -76,8 +76,8 @@ class TokenStream:
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise DataFaultError(
                 f"{part.prefix}.bin holds what is no token between bytes {first * itemsize} and "
-                f"{(first + self.length + 1) * itemsize}: ids {tokens.min()} to {tokens.max()}, the tokenizer "
-                f"has {self._vocab_size}; the file is damaged, see what tools/data.py verify says of it"
+                f"{(first + self.length + 1) * itemsize}: ids {tokens.min()} to {tokens.max()}, the "
+                f"tokenizer has {self._vocab_size}; the file is damaged (tools/data.py verify)"
             )
         return tokens
 

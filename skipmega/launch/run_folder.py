@@ -14,6 +14,7 @@ from typing import Any
 from skipmega.checkpoint.store import Checkpoint, CheckpointStore
 from skipmega.config import RunConfig, dump_config, load_config
 from skipmega.data.files import atomic_write
+from skipmega.data.left_out import LeftOut
 from skipmega.errors import CheckpointError, RunFencedError
 
 _ARCHITECTURE = (
@@ -28,7 +29,15 @@ _ARCHITECTURE = (
     "routing.stand_in",
     "optimizer.name",
 )
-_DATA = ("data.tokenizer", "data.train", "data.sequence_length", "training.seed")
+_DATA = (
+    "data.tokenizer",
+    "data.train",
+    "data.order",
+    "data.temperature",
+    "data.stages",
+    "data.sequence_length",
+    "training.seed",
+)
 
 
 class RunFolder:
@@ -77,6 +86,7 @@ class RunFolder:
             checkpoint = Checkpoint.open(resume)
         if checkpoint is not None:
             refuse_changes(checkpoint.config, self.config, _ARCHITECTURE, f"checkpoint {checkpoint.path}")
+            _refuse_moved_samples(checkpoint, self.config)
         return checkpoint
 
     def candidates(self) -> list[Checkpoint]:
@@ -177,6 +187,20 @@ def refuse_changes(there: RunConfig, here: RunConfig, fields: tuple[str, ...], o
                 f"{owner} holds another run: {name} is {old!r} there and {new!r} here; choose another "
                 "run_dir, or set it back to continue that run"
             )
+
+
+def _refuse_moved_samples(checkpoint: Checkpoint, here: RunConfig) -> None:
+    """Refuse to leave out, or to take back, samples that the checkpoint's run is past: all that follow would
+    move, and some be lost or read twice."""
+    there, wanted = LeftOut(checkpoint.config.data.leave_out), LeftOut(here.data.leave_out)
+    consumed = checkpoint.state["consumed_samples"]
+    position = there.number(consumed - 1) + 1 if consumed else 0
+    if there.before(position) != wanted.before(position):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} has read the samples up to {position - 1}, and data.leave_out="
+            f"{here.data.leave_out} differs there from its {checkpoint.config.data.leave_out}: change only "
+            "what lies beyond, or resume from an earlier checkpoint (a new run_dir, and checkpoint.resume=PATH)"
+        )
 
 
 def _belongs(line: str, step: int) -> bool:
