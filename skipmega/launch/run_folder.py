@@ -199,7 +199,8 @@ def _refuse_moved_samples(checkpoint: Checkpoint, here: RunConfig) -> None:
         raise CheckpointError(
             f"checkpoint {checkpoint.path} has read the samples up to {position - 1}, and data.leave_out="
             f"{here.data.leave_out} differs there from its {checkpoint.config.data.leave_out}: change only "
-            "what lies beyond, or resume from an earlier checkpoint (a new run_dir, and checkpoint.resume=PATH)"
+            "what lies beyond, or resume from an earlier checkpoint (in a new run_dir, with "
+            "checkpoint.resume=PATH)"
         )
 
 

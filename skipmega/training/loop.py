@@ -228,8 +228,8 @@ class TrainingLoop:
         self._went_back_to, self._discarded_in_a_row = checkpoint, 0
 
     def evaluate(self) -> None:
-        """Held-out loss and densities over ``training.eval_sequences`` sequences, and the loss over as many of
-        each source where there are several; owed if it is cut short."""
+        """Held-out loss and densities over ``training.eval_sequences`` sequences, and the loss over as many
+        of each source where there are several; owed if it is cut short."""
         held_out = self.held_out
         if held_out is None:
             return

@@ -57,8 +57,9 @@ class ConsoleSink:
 
 
 class TensorBoardSink:
-    """Scalars under ``kind/name``, losses of sources under ``kind/source_loss/name``, densities under ``kind/density/layer``, and of other lists over layers the
-    mean and the extremes, so that the number of keys stays bounded."""
+    """Scalars under ``kind/name``, losses of sources under ``kind/source_loss/name``, densities under
+    ``kind/density/layer``, and of other lists over layers the mean and the extremes, so that the number of
+    keys stays bounded."""
 
     def __init__(self, folder: Path) -> None:
         try:

@@ -94,9 +94,8 @@ def check_job(config: RunConfig, job: Job, profile: Profile) -> Estimate:
     cost = estimate(config, job.processes, profile.mfu, profile.peak_tflops)
     if config.data.tokenizer is None or not Path(config.data.tokenizer).is_file():
         raise ConfigError(f"data.tokenizer={config.data.tokenizer} is no file that is visible here")
-    for prefix in (
-        found for source in (*config.data.train, *config.data.valid) for found in find_pairs(source.path)
-    ):
+    sources = (*config.data.train, *config.data.valid)
+    for prefix in (prefix for source in sources for prefix in find_pairs(source.path)):
         if not Path(f"{prefix}.idx").is_file():
             raise ConfigError(f"data set {prefix}.idx is not there: prepare it first, or mend data.train")
     available = profile.gpu_memory_gib
