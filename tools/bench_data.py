@@ -4,8 +4,8 @@
     python tools/bench_data.py --tokenizer TOKENIZER.model --folder /scratch/sparse
     python tools/bench_data.py ... --order documents --tokens 1e10
 
-Files are sparse and need a few hundred MB. Each line is a process of its own: first with nothing of indices and
-manifests in the page cache, then again.
+Files are sparse and need a few hundred MB. Each line is a process of its own: first with nothing of indices
+and manifests in the page cache, then again.
 """
 
 import argparse

@@ -1,8 +1,7 @@
 """Opens data of many sizes and measures what a rank pays for it: time, memory, samples a second.
 
 Files are sparse: each shard has the length of real tokens and takes no room, its index is whole and one file
-under all names (hard links). What is read of tokens is zeros: that is the work of the host, and a disk's comes
-on top of it.
+under all names (hard links). What is read of tokens is zeros: the host's work, without a disk's.
 """
 
 import gc

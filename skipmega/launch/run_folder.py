@@ -193,6 +193,8 @@ def _refuse_moved_samples(checkpoint: Checkpoint, here: RunConfig) -> None:
     """Refuse to leave out, or to take back, samples that the checkpoint's run is past: all that follow would
     move, and some be lost or read twice."""
     there, wanted = LeftOut(checkpoint.config.data.leave_out), LeftOut(here.data.leave_out)
+    if there.ranges == wanted.ranges:
+        return
     consumed = checkpoint.state["consumed_samples"]
     position = there.number(consumed - 1) + 1 if consumed else 0
     if there.before(position) != wanted.before(position):
