@@ -130,6 +130,17 @@ def open_dataset(prefix: str, tokenizer: Tokenizer) -> OpenedPair:
     return OpenedPair(prefix, manifest.documents, manifest.tokens, manifest.dtype, manifest.idx.sha256)
 
 
+def document_places(prefix: str) -> tuple[Any, NDArray[np.int32], NDArray[np.int64]]:
+    """A token's type, and of each document its tokens and the byte where it begins, mapped from the ``.idx``.
+
+    Raises:
+        DataError: the ``.idx`` is missing or foreign, or does not describe the ``.bin``.
+    """
+    index = _Index.read(prefix)
+    index.check(Path(f"{prefix}.bin"))
+    return index.dtype, index.lengths, index.pointers
+
+
 def verify_checksums(prefix: str) -> Manifest:
     """Read a whole pair and compare it with the checksums of its manifest.
 

@@ -6,7 +6,6 @@ under all names (hard links). What is read of tokens is zeros: the host's work, 
 
 import gc
 import os
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def measure(pattern: str, tokenizer: Tokenizer, tokens: int, order: str, cache: 
         of the process, ``above_imports_gib`` of it since this began, and ``samples_per_second`` at random.
     """
     gc.collect()
-    before = _peak_gib()
+    before = _begin_peak()
     began = time.perf_counter()
     opened = _open(pattern, tokenizer, tokens, order, cache)
     open_seconds = time.perf_counter() - began
@@ -147,5 +146,15 @@ def _write_index(path: Path, lengths: np.ndarray[Any, np.dtype[np.int32]]) -> No
             array.tofile(stream)
 
 
+def _begin_peak() -> float:
+    """Forget the peak so far; returns what is resident now, in GiB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _peak_gib()
+
+
 def _peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Most that was resident since then, mapped files included."""
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    return int(line.split()[1]) / 2**20

@@ -28,9 +28,7 @@ def stream_config(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-def test_stopped_on_one_rank_resumed_on_two(
-    stream_config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_stopped_on_one_rank_resumed_on_two(stream_config: Path, tmp_path: Path) -> None:
     whole, cut = f"run_dir={tmp_path}/whole", f"run_dir={tmp_path}/cut"
     run_world(pretrain_each, 1, stream_config, [[whole], [cut, f"training.stop_after={HALF}"]])
     run_world(pretrain_each, 2, stream_config, [[cut, "training.micro_batch_size=2"]])
@@ -44,6 +42,3 @@ def test_stopped_on_one_rank_resumed_on_two(
             record["source_loss"], rel=1e-5
         )
         assert record["loss"] == pytest.approx(sum(record["source_loss"].values()) / 2, rel=0.1)
-    said = capfd.readouterr().out
-    assert "data: 1.536k tokens from token 0 on" in said
-    assert "held-out loss" in said
