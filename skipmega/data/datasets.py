@@ -39,13 +39,15 @@ class RunDatasets:
     """Training and held-out samples in the run's order; ``valid`` is None if none were asked for.
 
     ``valid_sources`` are those of single sources, by name, where there are several; ``plan`` says what is
-    drawn of which source. Both are known of the order ``stream`` only.
+    drawn of which source, ``fingerprint`` what the training samples are cut from. They are known of the order
+    ``stream`` only.
     """
 
     train: SampleSource
     valid: SampleSource | None
     valid_sources: Mapping[str, SampleSource] = field(default_factory=dict)
     plan: MixturePlan | None = None
+    fingerprint: str | None = None
 
 
 def build_datasets(

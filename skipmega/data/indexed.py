@@ -83,14 +83,14 @@ class OpenedPair:
         prefix: its path without the ending.
         documents, tokens: how many it holds.
         dtype: numpy's name of the type of a token.
-        index_sha256: SHA-256 of the ``.idx``.
+        sha256: of ``.idx`` and, with a manifest, of ``.bin``.
     """
 
     prefix: str
     documents: int
     tokens: int
     dtype: str
-    index_sha256: str
+    sha256: str
 
     def tokens_before(self, document: int) -> int:
         """Tokens of the documents before ``document``, which may be ``documents``."""
@@ -127,7 +127,8 @@ def open_dataset(prefix: str, tokenizer: Tokenizer) -> OpenedPair:
             f"{manifest_path(prefix)} contradicts itself: {manifest.tokens} tokens of {manifest.dtype} are "
             f"not {manifest.bin.bytes} bytes; prepare the data again"
         )
-    return OpenedPair(prefix, manifest.documents, manifest.tokens, manifest.dtype, manifest.idx.sha256)
+    sums = f"{manifest.idx.sha256} {manifest.bin.sha256}"
+    return OpenedPair(prefix, manifest.documents, manifest.tokens, manifest.dtype, sums)
 
 
 def document_places(prefix: str) -> tuple[Any, NDArray[np.int32], NDArray[np.int64]]:

@@ -4,6 +4,7 @@ No index is built. A run of a trillion tokens starts as fast as the headers of i
 no more than their names.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -90,8 +91,9 @@ def build_streams(
     plan = on_rank_0(lambda: MixturePlan.of(config, train, seed, left_out.number(num_train_samples - 1) + 1))
     mixture = Mixture(plan.stages, seed)
     samples = MixedSamples(train, mixture, left_out, num_train_samples)
+    fingerprint = _fingerprint(config, pairs)
     if num_valid_samples == 0:
-        return RunDatasets(samples, None, plan=plan)
+        return RunDatasets(samples, None, plan=plan, fingerprint=fingerprint)
     held_out = config.valid or config.train
     valid = [stream(source, (0.0 if config.valid else cut, 1.0), "valid") for source in held_out]
     return RunDatasets(
@@ -101,12 +103,21 @@ def build_streams(
             each.name: _mixed([1.0], [each], seed, num_valid_samples) for each in valid if len(valid) > 1
         },
         plan=plan,
+        fingerprint=fingerprint,
     )
 
 
 def _open_sources(sources: Sequence[DataSource], tokenizer: Tokenizer) -> dict[str, list[OpenedPair]]:
     paths = dict.fromkeys(source.path for source in sources)
     return {path: [open_dataset(prefix, tokenizer) for prefix in find_pairs(path)] for path in paths}
+
+
+def _fingerprint(config: DataConfig, pairs: Mapping[str, Sequence[OpenedPair]]) -> str:
+    """SHA-256 of what the sources hold, wherever it lies."""
+    content = [
+        (source.label, pair.tokens, pair.sha256) for source in config.train for pair in pairs[source.path]
+    ]
+    return hashlib.sha256(repr((content, config.split, bool(config.valid))).encode()).hexdigest()
 
 
 def _part(pair: OpenedPair, share: tuple[float, float]) -> TokenRange:

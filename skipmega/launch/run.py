@@ -17,6 +17,7 @@ from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import SampleSource, TokenBatch, make_loader
 from skipmega.data.datasets import RunDatasets, build_datasets
+from skipmega.data.ranks import on_rank_0
 from skipmega.data.streams import build_streams
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import CheckpointDamagedError, CheckpointError, ConfigError
@@ -60,12 +61,15 @@ def _pretrain(
 ) -> None:
     grid = create_grid(process, config.parallel)
     data = build_data(config, tokenizer)
+    on_rank_0(lambda: folder.check_data(data.fingerprint))
     engine = TrainingEngine(config, grid)
     attempt = claim(folder, grid)
     progress, origin = resume(engine, grid, folder)
     if grid.rank == 0 and data.plan is not None:
         print(data.plan)
     sinks = _start_records(engine, folder, progress, attempt, origin) if grid.rank == 0 else []
+    if grid.rank == 0:
+        folder.record_data(data.fingerprint)
     held_out = _held_out_readers(config, grid, data, tokenizer)
     with Watchdog(
         folder.heartbeats(attempt), grid.rank, grid.world_size, 60 * config.training.hang_minutes

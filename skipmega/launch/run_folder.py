@@ -15,7 +15,7 @@ from skipmega.checkpoint.store import Checkpoint, CheckpointStore
 from skipmega.config import RunConfig, dump_config, load_config
 from skipmega.data.files import atomic_write
 from skipmega.data.left_out import LeftOut
-from skipmega.errors import CheckpointError, RunFencedError
+from skipmega.errors import CheckpointError, DataError, RunFencedError
 
 _ARCHITECTURE = (
     "routing.router",
@@ -56,6 +56,7 @@ class RunFolder:
         self.index_cache = self.path / "index_cache"
         self.stop_file = self.path / "stop"
         self._attempts = self.path / "attempts"
+        self._data = self.path / "data.sha256"
 
     def check(self) -> Checkpoint | None:
         """Find where to continue, reading no tensors and writing nothing.
@@ -130,6 +131,27 @@ class RunFolder:
                 f"attempt {attempt + 1} ({newer.read_text().strip()}) has taken over run_dir={self.path}; "
                 f"attempt {attempt} writes nothing more"
             )
+
+    def check_data(self, fingerprint: str | None) -> None:
+        """Refuse to continue with data other than the run's; None says nothing of them.
+
+        Raises:
+            DataError: the sources hold something else than when the run began.
+        """
+        if fingerprint is None or not self._data.exists():
+            return
+        if (found := self._data.read_text().strip()) != fingerprint:
+            raise DataError(
+                f"run_dir={self.path} began with other data: the SHA-256 of files and split is "
+                f"{fingerprint[:12]} now and was {found[:12]}: files were added, removed or replaced; put back "
+                "what was there, or choose another run_dir"
+            )
+
+    def record_data(self, fingerprint: str | None) -> None:
+        """Remember what the run's data are, for :meth:`check_data`."""
+        if fingerprint is not None:
+            with atomic_write(self._data) as stream:
+                stream.write(f"{fingerprint}\n".encode())
 
     def begin_records(self, step: int) -> None:
         """Save the configuration and drop records of steps beyond ``step``, which are done anew.

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -236,3 +237,17 @@ def test_no_data(sources: Path, tokenizer: Tokenizer) -> None:
     ):
         with pytest.raises(DataError, match=message):
             build(config(sources, train=train, split=[0.0, 100.0]), tokenizer)
+
+
+def test_the_fingerprint_is_of_what_is_read(
+    sources: Path, tokenizer: Tokenizer, tmp_path: Path, write_pair: WritePair
+) -> None:
+    def fingerprint(folder: Path, **changes: Any) -> str | None:
+        return build(config(folder, **changes), tokenizer).fingerprint
+
+    moved = shutil.copytree(sources, tmp_path / "moved")
+    first = fingerprint(sources)
+    assert fingerprint(moved) == first
+    assert fingerprint(sources, split=[80.0, 20.0]) != first
+    write_pair(moved / "web-3", [[11] * 50 + [2]])
+    assert fingerprint(moved) != first

@@ -1,4 +1,4 @@
-"""Samples may be left out of a run that has begun, as long as it has not read them."""
+"""A run goes on with the data it began with; samples may be left out as long as it has not read them."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from skipmega.config import RunConfig, build_config, dump_config
-from skipmega.errors import CheckpointError
+from skipmega.errors import CheckpointError, DataError
 from skipmega.launch.run_folder import RunFolder
 
 
@@ -52,3 +52,13 @@ def test_what_was_read_stays_read(
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"has read the samples up to {read}, and data\.leave_out="):
         check(tmp_path / "run", there, here)
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    folder = RunFolder(make_config(tmp_path / "run", []))
+    for known in (None, "first"):
+        folder.check_data(known)
+        folder.record_data(known)
+    folder.check_data("first")
+    with pytest.raises(DataError, match=r"began with other data: the SHA-256 .* is second now and was first"):
+        folder.check_data("second")
