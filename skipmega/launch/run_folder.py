@@ -143,8 +143,8 @@ class RunFolder:
         if (found := self._data.read_text().strip()) != fingerprint:
             raise DataError(
                 f"run_dir={self.path} began with other data: the SHA-256 of files and split is "
-                f"{fingerprint[:12]} now and was {found[:12]}: files were added, removed or replaced; put back "
-                "what was there, or choose another run_dir"
+                f"{fingerprint[:12]} now and was {found[:12]}: files were added, removed or replaced; put "
+                "back what was there, or choose another run_dir"
             )
 
     def record_data(self, fingerprint: str | None) -> None:
