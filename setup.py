@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["skipmega", "skipmega.*"]),
-    package_data={"skipmega": ["py.typed"]},
+    package_data={"skipmega": ["py.typed", "evaluation/suites/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",
@@ -18,6 +18,7 @@ setup(
         "pyyaml>=6",
         "jinja2>=3",
         "numpy",
+        "nvidia-ml-py",
         "sentencepiece>=0.2.1",
         "datasets>=4",
         "zstandard",

@@ -50,6 +50,12 @@ class RunFaultError(TrainingError):
     exit_code = exit_codes.STOPPED_BY_FAULT
 
 
+class ReplicaDriftError(TrainingError):
+    """Ranks that should hold the same do not; nothing was saved since it was so."""
+
+    exit_code = exit_codes.DRIFTED
+
+
 class RunStopped(SkipmegaError):  # noqa: N818 (nothing went wrong)
     """A signal, a stop file or the longest duration ended the run before its last step; state is saved."""
 

@@ -10,6 +10,7 @@ REQUEUE = 75  # state saved as a limit or a signal asked: start again to continu
 FENCED = 76  # a newer attempt owns the run folder: leave it alone
 HUNG = 77  # the watchdog ended it; starting again continues from the last checkpoint
 STOPPED_BY_FAULT = 78  # numbers or storage are at fault and repeating has not mended it: a person must look
+DRIFTED = 79  # ranks differ in what they must share; starting again continues from the last checkpoint
 
 
 def leave_note(status: int) -> None:

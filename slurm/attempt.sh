@@ -12,6 +12,9 @@
 # leaves its own as the name of a file in $SKIPMEGA_EXIT_DIR.
 
 RESTART=${SLURM_RESTART_COUNT:-0}
+# the last task of an array bears the array's number: by that SLURM would take all of them
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
 export SKIPMEGA_EXIT_DIR=$SUBMISSION/exits/$RESTART
 warned='' ended=''
 
@@ -40,7 +43,7 @@ end() { ended=1; ask_to_stop; }
 ask_to_stop() { echo slurm >"$RUN/stop"; }
 
 # A batch script that was cut off lives on while its job runs elsewhere, with more restarts.
-restarts() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE ' Restarts=[0-9]+' | cut -d= -f2; }
+restarts() { scontrol show job --oneliner "$JOB" | grep -oE ' Restarts=[0-9]+' | cut -d= -f2; }
 
 leave_to_newer() {
   echo "attempt $RESTART: $1, but a newer attempt owns the job" >&2
@@ -69,7 +72,7 @@ again() { # event, why
     finish 1 gave-up "$MAX_STALLED attempts in a row made no progress"
   echo "attempt $RESTART: $2: the job is requeued"
   trap '' TERM # the requeue ends this script too
-  scontrol requeue "$SLURM_JOB_ID" || finish 1 gave-up "$2, and this cluster does not requeue jobs"
+  scontrol requeue "$JOB" || finish 1 gave-up "$2, and this cluster does not requeue jobs"
   avoid_nodes
   exit 0
 }
@@ -79,7 +82,7 @@ avoid_nodes() { # only a pending job takes them, which it is once its processes 
   [ "$AVOID_NODES" = 1 ] && [ -s "$SUBMISSION/bad_nodes" ] || return 0
   bad=$(sort -u "$SUBMISSION/bad_nodes" | paste -sd,)
   for _ in $(seq 50); do
-    scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad" 2>/dev/null && return 0
+    scontrol update "JobId=$JOB" "ExcNodeList=$bad" 2>/dev/null && return 0
     sleep 0.2
   done
   echo "could not exclude $bad from the next attempt" >&2
@@ -87,7 +90,7 @@ avoid_nodes() { # only a pending job takes them, which it is once its processes 
 
 left_code() { # the code that matters most, of all that processes left behind; else the launcher's
   local code
-  for code in 76 78 2 77 75; do
+  for code in 76 78 2 79 77 75; do
     [ -e "$SKIPMEGA_EXIT_DIR/$code" ] && echo "$code" && return
   done
   echo "$1"

@@ -16,22 +16,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", nargs="+", type=Path, help="run folders")
+    parser.add_argument("run", nargs="+", type=Path, help="folders of runs and of arrays of runs")
     parser.add_argument("--attempts", action="store_true", help="also list what happened to each attempt")
     parser.add_argument("--follow", action="store_true", help="show changes until the run ends (one run)")
     parser.add_argument(
         "--stop", action="store_true", help="save now and end for good, or until submitted again"
     )
     arguments = parser.parse_args()
-    if arguments.follow and len(arguments.run) > 1:
-        parser.error("--follow takes one run")
 
-    from skipmega.launch.slurm.status import ask_to_stop, follow, read_status
+    from skipmega.launch.slurm.status import ask_to_stop, follow, read_status, runs_of
 
+    runs = [run for folder in arguments.run for run in runs_of(folder)]
     if arguments.follow:
-        follow(arguments.run[0])
+        if len(runs) > 1:
+            parser.error(f"--follow takes one run, and these are {len(runs)}")
+        follow(runs[0])
         return
-    for run in arguments.run:
+    for run in runs:
         if arguments.stop:
             ask_to_stop(run)
         status = read_status(run)

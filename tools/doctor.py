@@ -34,7 +34,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from skipmega.config import RunConfig, load_config
-    from skipmega.launch.doctor import check_device, check_node, check_together
+    from skipmega.launch.backends import describe_kernels, describe_libraries
+    from skipmega.launch.doctor import check_device, check_node, check_together, describe_health, examine_gpu
     from skipmega.launch.environment import discover_process
     from skipmega.parallel.grid import create_grid, end_communication
 
@@ -44,10 +45,14 @@ def main() -> None:
     if process.local_rank == 0:
         _report(check_node(config), arguments.bad_nodes)
     grid = create_grid(process, config.parallel if config else None)
-    _report(check_device(grid.device), arguments.bad_nodes)
+    health = examine_gpu(grid.device)
+    _report(check_device(grid.device, health), arguments.bad_nodes)
     if grid.rank == 0:
-        print(f"grid: {grid.describe()}", flush=True)
-    together = check_together(grid, Path((config or RunConfig()).run_dir)) if grid.world_size > 1 else []
+        print(f"grid: {grid.describe()}\nlibraries: {describe_libraries(grid.device)}")
+        if config:
+            print(f"kernels: {describe_kernels(config, grid.device)}")
+        print(describe_health(health), flush=True)
+    together = check_together(grid, Path((config or RunConfig()).run_dir))
     if grid.rank == 0:
         _report(together, arguments.bad_nodes)
         print(f"doctor: {grid.world_size} processes are fit to train", flush=True)

@@ -2,6 +2,7 @@
 """Evaluates a native checkpoint or a Hugging Face export on lm-eval tasks.
 
 python tools/evaluate.py runs/quickstart --tasks heldout --include-path runs/quickstart/tasks
+python tools/evaluate.py exported --tasks skiplayer24 --data-dir FOLDER-OF-SETS
 torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks piqa
 """
 
@@ -20,6 +21,7 @@ def main() -> None:
     settings = {
         "num_fewshot": arguments.num_fewshot,
         "include_paths": arguments.include_path,
+        "data_dir": arguments.data_dir,
         "limit": arguments.limit,
         "batch_size": arguments.batch_size,
         "seed": arguments.seed,
@@ -30,14 +32,20 @@ def main() -> None:
                 f"--eval-density={arguments.eval_density} moves the thresholds of a native checkpoint, and "
                 f"{arguments.model} is an export: export again with tools/export_hf.py --eval-density"
             )
-        result = evaluate_export(arguments.model, tasks, **settings)
-        is_first = True
+        if arguments.follow:
+            raise ConfigError(
+                f"--follow waits for checkpoints, and {arguments.model} is an export: give a run"
+            )
+        report([evaluate_export(arguments.model, tasks, **settings)], arguments.output)
     else:
-        result, is_first = _evaluate_native(arguments, tasks, settings)
-    if is_first:
-        print(result.table())
-        if arguments.output:
-            result.write_json(arguments.output)
+        report(_native_results(arguments, tasks, settings), arguments.output)
+
+
+def report(results, output):
+    for result in results:
+        print(result.table(), flush=True)
+        if output:
+            result.write_json(output)
 
 
 def _parse() -> argparse.Namespace:
@@ -45,8 +53,11 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a run folder, a checkpoint, or an export")
-    parser.add_argument("--tasks", required=True, help="lm-eval task names, separated by commas")
+    parser.add_argument(
+        "--tasks", required=True, help="tasks of lm-eval or suites (skiplayer24), separated by commas"
+    )
     parser.add_argument("--include-path", action="append", default=[], help="folder of own task files")
+    parser.add_argument("--data-dir", help="folder of the sets of a suite (left out: the Hugging Face cache)")
     parser.add_argument("--num-fewshot", type=int, default=1, help="examples in the context (1)")
     parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -58,21 +69,27 @@ def _parse() -> argparse.Namespace:
         help="share of tokens that execute in each routed layer of a native model (left out: "
         "routing.eval_density, or as trained)",
     )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="evaluate every checkpoint of a run until its last, into RUN/evaluations/",
+    )
     parser.add_argument("--tensor-parallel", type=int, default=1, help="of a native model's grid")
     parser.add_argument("--pipeline-parallel", type=int, default=1, help="of a native model's grid")
     return parser.parse_args()
 
 
-def _evaluate_native(arguments, tasks, settings):
+def _native_results(arguments, tasks, settings):
+    """Yields results on the first process."""
     from skipmega.checkpoint.store import Checkpoint
     from skipmega.config import ParallelConfig
     from skipmega.data.tokenizer import Tokenizer
     from skipmega.evaluation import evaluate_tasks
     from skipmega.inference.native import NativeModel
     from skipmega.launch.environment import discover_process
+    from skipmega.launch.follow import follow_checkpoints
     from skipmega.parallel.grid import create_grid, end_communication
 
-    checkpoint = Checkpoint.open(arguments.model)
     process = discover_process()
     grid = create_grid(
         process,
@@ -80,11 +97,20 @@ def _evaluate_native(arguments, tasks, settings):
             tensor_parallel=arguments.tensor_parallel, pipeline_parallel=arguments.pipeline_parallel
         ),
     )
-    model = NativeModel.load(checkpoint, grid, eval_density=arguments.eval_density)
-    tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
-    result = evaluate_tasks(model, tokenizer, tasks, **settings)
+
+    def evaluate(checkpoint):
+        model = NativeModel.load(checkpoint, grid, eval_density=arguments.eval_density)
+        tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
+        return evaluate_tasks(model, tokenizer, tasks, model_name=str(checkpoint.path), **settings)
+
+    if arguments.follow:
+        results = follow_checkpoints(arguments.model, evaluate, grid)
+    else:
+        results = [evaluate(Checkpoint.open(arguments.model))]
+    for result in results:
+        if grid.rank == 0:
+            yield result
     end_communication()
-    return result, grid.rank == 0
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ class CheckpointSaver:
         self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.seconds = 0.0
+
+    @property
+    def writing(self) -> bool:
+        """Whether a save that was begun is still being written; ``seconds`` is how long the last one was."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
@@ -81,10 +87,12 @@ class CheckpointSaver:
             raise failure
 
     def _run(self, state: dict[str, Any], tensors: Mapping[str, LogicalTensor]) -> None:
+        begun = time.perf_counter()
         try:
             self._save(state, tensors)
         except BaseException as error:
             self._failure = error
+        self.seconds = time.perf_counter() - begun
 
     def _save(self, state: dict[str, Any], tensors: Mapping[str, LogicalTensor]) -> None:
         for retry in range(self._config.checkpoint.retries + 1):

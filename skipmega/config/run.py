@@ -9,6 +9,7 @@ from skipmega.config.routing import DensityRamp, RoutingConfig
 from skipmega.config.sections import (
     CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -31,6 +32,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
 
     @property
@@ -121,6 +123,7 @@ def resolve_grid(config: RunConfig, world_size: int) -> RunConfig:
     tensor, each = parallel.tensor_parallel, parallel.processes_per_replica
     _check_zero(config)
     _check_sequence_cut(config)
+    _check_evaluation(config)
     if world_size % each:
         raise ConfigError(
             f"{world_size} processes cannot hold {parallel.describe_replica()}: start a multiple of {each} "
@@ -217,6 +220,25 @@ def check_consistency(config: RunConfig) -> None:
         )
     if sum(config.data.split) <= 0 or min(config.data.split) < 0:
         raise ConfigError(f"data.split={config.data.split} must be two weights >= 0 with a positive sum")
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    """Replicas answer different questions, each in passes of its own number and length."""
+    parallel = config.parallel
+    obstacles = {
+        f"parallel.zero_stage={parallel.zero_stage}": parallel.zero_stage == 3,
+        f"parallel.context_parallel={parallel.context_parallel}": parallel.context_parallel > 1,
+        "parallel.sequence_parallel=true": parallel.sequence_parallel,
+        f"parallel.chunks_per_stage={parallel.chunks_per_stage}": parallel.chunks_per_stage > 1,
+        "routing.dispatch=balanced": config.routing.dispatch == "balanced",
+    }
+    found = [field for field, is_there in obstacles.items() if is_there]
+    if config.evaluation.interval and found:
+        raise ConfigError(
+            f"evaluation.interval={config.evaluation.interval} asks tasks on the grid that trains, which "
+            f"{' and '.join(found)} does not allow: set evaluation.interval=0 and evaluate checkpoints with "
+            "tools/evaluate.py, on any grid"
+        )
 
 
 def _packs(routing: RoutingConfig) -> bool:

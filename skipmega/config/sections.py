@@ -221,14 +221,21 @@ class TrainingConfig(Section):
     longer: its schedule and data order are those of the whole run, and resuming continues it.
     ``max_duration``, in minutes since training was started, does so with the exit status that asks to be
     started again. A run that makes no progress for ``hang_minutes`` (three times that in the first step,
-    which may be compiled) is ended, and the rank that holds it up is named. A step whose gradients are not
-    finite updates nothing; ``max_discarded`` of them in a row bring back the last checkpoint's state.
+    which may be compiled) is ended, and the rank that holds it up is named.
+
+    A step whose loss or gradients are not finite, or whose loss exceeds the mean of the last ``spike_window``
+    ones by more than ``spike_sigmas`` of their standard deviations (0: any finite loss will do), is executed
+    again; if that is no better, it updates nothing, and ``max_discarded`` of them in a row bring back the
+    last checkpoint's state. Every ``replica_interval`` steps (0: only at such a step) ranks compare what they
+    must have in common.
 
     ``recompute`` runs a part of each layer again in backward in place of keeping what it needs:
     ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer in
     ``full``; decisions and gradients are the same. ``gradient_precision`` is that in which gradients of a
     bf16 run are summed over micro-batches and over data ranks: in bf16 what is small beside its sum is lost.
     Between the two sums and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
+
+    ``attention`` names what attends for packed queries, see :mod:`skipmega.kernels.attention`.
     """
 
     steps: int = Field(1000, ge=1)
@@ -236,11 +243,15 @@ class TrainingConfig(Section):
     max_duration: float | None = Field(None, gt=0)
     hang_minutes: float = Field(15.0, gt=0)
     max_discarded: int = Field(3, ge=1)
+    spike_sigmas: float = Field(6.0, ge=0)
+    spike_window: int = Field(128, ge=2)
+    replica_interval: int = Field(100, ge=0)
     micro_batch_size: int = Field(4, ge=1)
     global_batch_size: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"
     recompute: Literal["none", "attention", "mlp", "full"] = "none"
     seed: int = Field(1234, ge=0)
     eval_interval: int = Field(100, ge=0)
@@ -259,6 +270,24 @@ class CheckpointConfig(Section):
     keep_every: int = Field(0, ge=0)
     retries: int = Field(3, ge=0)
     resume: str = "auto"
+
+
+class EvaluationConfig(Section):
+    """Tasks that are evaluated every ``interval`` steps (0: never) and at the end, on the grid that trains.
+
+    ``tasks`` are names of lm-eval's tasks and of suites, whose sets lie in ``data_dir`` (left out: the
+    Hugging Face cache); ``include_paths`` folders of own task files. The first ``limit`` questions of each
+    are asked, ``batch_size`` at a time, after ``num_fewshot`` examples. Whoever asks to stop must wait for
+    the answers.
+    """
+
+    interval: int = Field(0, ge=0)
+    tasks: list[str] = Field(default_factory=lambda: ["skiplayer24"], min_length=1)
+    data_dir: str | None = None
+    include_paths: list[str] = Field(default_factory=list)
+    limit: int = Field(100, ge=1)
+    num_fewshot: int = Field(1, ge=0)
+    batch_size: int = Field(16, ge=1)
 
 
 class LoggingConfig(Section):

@@ -1,8 +1,8 @@
 """From ``DataConfig`` to the samples of a run: megatron-core's blended GPT data sets, checked beforehand.
 
 Rank 0 checks the files and builds the sample indices in the index cache; all ranks map them from there, so
-the cache must be on a file system that they share. Whatever rank 0 finds wrong every rank raises, which is
-why no rank is left waiting.
+they must share the cache, or each node must have one that was filled before. Whatever rank 0 finds wrong
+every rank raises, which is why no rank is left waiting.
 """
 
 import math
@@ -70,7 +70,8 @@ def build_datasets(
         num_train_samples: sequences of the whole run; part of what determines their order.
         num_valid_samples: held-out sequences; 0 builds none.
         seed: of the shuffles.
-        index_cache: folder for the sample indices, shared by all processes.
+        index_cache: folder for the sample indices, shared by all processes; or on each node's own disk, if
+            all indices are there already.
 
     Raises:
         DataError: no sources, a data set that :func:`skipmega.data.indexed.check_dataset` refuses, a part
@@ -79,10 +80,18 @@ def build_datasets(
     parts = _plan_parts(config, num_train_samples, num_valid_samples)
     cache = Path(index_cache)
     fingerprints = on_rank_0(lambda: _check_parts(parts, config.sequence_length, tokenizer))
-    _check_cache(cache)
     adapter = _MegatronTokenizer(tokenizer, fingerprints)
-    with _process_group(), _indices_whole_or_absent():
-        built = [_build_part(part, config.sequence_length, adapter, seed, cache) for part in parts]
+
+    def build(on_this_rank: bool) -> list[SampleSource]:
+        with _process_group(), _indices_whole_or_absent():
+            return [
+                _build_part(part, config.sequence_length, adapter, seed, cache, on_this_rank)
+                for part in parts
+            ]
+
+    if not _is_shared(cache):
+        _check_copies(cache, build(on_this_rank=rank() == 0))
+    built = build(on_this_rank=True)
     for part in built:
         read_with_retries(part, config.read_retries)
     return RunDatasets(train=built[0], valid=built[1] if len(built) > 1 else None)
@@ -130,8 +139,8 @@ def _check_parts(parts: Sequence[_Part], sequence_length: int, tokenizer: Tokeni
     return {prefix: dataset.index_sha256 for prefix, dataset in checked.items()}
 
 
-def _check_cache(cache: Path) -> None:
-    """Refuse a cache folder that rank 0 cannot write or another rank cannot see."""
+def _is_shared(cache: Path) -> bool:
+    """Whether all ranks see the same folder; refuses one that rank 0 cannot write."""
 
     def leave_marker() -> str:
         name = f".visible-{uuid.uuid4().hex}"
@@ -146,14 +155,33 @@ def _check_cache(cache: Path) -> None:
         return name
 
     marker = cache / on_rank_0(leave_marker)
-    blind = [rank for rank, seen in enumerate(from_all_ranks(marker.exists())) if not seen]
+    seen = from_all_ranks(marker.exists())
     if rank() == 0:
         marker.unlink()
-    if blind:
+    return all(seen)
+
+
+def _check_copies(cache: Path, built: Sequence[Any]) -> None:
+    """Refuse a folder of a node's own that lacks an index of the samples that rank 0 has ``built`` in its."""
+
+    def list_files() -> dict[str, int]:
+        parts = [part for samples in built for part in (samples, *getattr(samples, "datasets", ()))]
+        paths = [path for part in parts for path in cache.glob(f"{part.unique_description_hash}-*")]
+        return {path.name: path.stat().st_size for path in paths}
+
+    wanted = on_rank_0(list_files)
+    whole = all(_size(cache / name) == size for name, size in wanted.items())
+    lacking = [number for number, is_whole in enumerate(from_all_ranks(whole)) if not is_whole]
+    if lacking:
         raise DataError(
-            f"the index cache {cache}, written by rank 0, is not visible on ranks {blind}: set "
-            "data.index_cache to a folder on a file system that all nodes share"
+            f"the index cache {cache} of rank 0 is not visible on ranks {lacking}, and theirs lacks indices: "
+            "run tools/build_indices.py on every node first, or set data.index_cache to a folder on a file "
+            "system that all nodes share"
         )
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 class _MegatronTokenizer:
@@ -170,7 +198,12 @@ class _MegatronTokenizer:
 
 
 def _build_part(
-    part: _Part, sequence_length: int, tokenizer: _MegatronTokenizer, seed: int, cache: Path
+    part: _Part,
+    sequence_length: int,
+    tokenizer: _MegatronTokenizer,
+    seed: int,
+    cache: Path,
+    on_this_rank: bool,
 ) -> SampleSource:
     prefixes = [source.path for source in part.sources]
     weights = [source.weight for source in part.sources] if len(prefixes) > 1 else None
@@ -191,7 +224,7 @@ def _build_part(
     config.split_matrix = [part.share if split is part.split else None for split in Split]
     sizes = [part.samples if split is part.split else 0 for split in Split]
     try:
-        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: on_this_rank, config).build()
     except Exception as error:
         cause = error.__cause__ or error
         if isinstance(cause, (OSError, EOFError, ValueError)):

@@ -9,11 +9,10 @@ be there.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -22,11 +21,12 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm
 
 from skipmega.errors import ConfigError, DataError
 from skipmega.evaluation.interface import LanguageModel, TextTokenizer
+from skipmega.evaluation.reading import Prefix, TextReader
+from skipmega.evaluation.sharing import Cluster, Tokens, cluster_texts
 
 T = TypeVar("T")
 
@@ -45,6 +45,8 @@ class SkipmegaLM(TemplateLM):
         tokenizer: the model's own.
         batch_size: sequences in one call of the model.
         show_progress: whether this process draws progress bars.
+
+    ``truncated`` counts the requests so far that lost their beginning.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SkipmegaLM(TemplateLM):
         self._text_tokenizer = tokenizer
         self._batch_size = batch_size
         self._show_progress = show_progress
+        self.truncated = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -94,19 +97,23 @@ class SkipmegaLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each prompt greedily until a stop string, the end of the text or ``max_gen_toks``.
 
-        Every step runs the whole sequence again: there is no key/value cache.
-
         Raises:
             ConfigError: a task wants sampling or beams, or more tokens than the model is long.
         """
         generations = [self._start_generation(*request.args) for request in requests]
         self._warn_of_cuts(sum(generation.was_cut for generation in generations), len(generations))
-        by_length = sorted(generations, key=lambda generation: -len(generation.tokens))
-        with self._progress(len(generations), "generate") as progress:
-            for batch in _batches(by_length, self._batch_size):
-                self._finish(batch)
-                progress.update(len(batch))
-        return [self._text(generation) for generation in generations]
+        prompts: dict[Tokens, list[int]] = {}
+        for index, generation in enumerate(generations):
+            prompts.setdefault(generation.prompt, []).append(index)
+
+        def finish(batch: Sequence[Tokens], reader: TextReader) -> dict[int, list[int]]:
+            running = [generations[index] for prompt in batch for index in prompts[prompt]]
+            owners = [place for place, prompt in enumerate(batch) for _ in prompts[prompt]]
+            self._generate(running, reader, owners)
+            return {index: generations[index].generated for prompt in batch for index in prompts[prompt]}
+
+        found = self._share_out(list(prompts), finish, "generate")
+        return [self._text(found[index], each.until) for index, each in enumerate(generations)]
 
     def _loglikelihood_tokens(
         self,
@@ -119,28 +126,48 @@ class SkipmegaLM(TemplateLM):
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]], label: str) -> list[tuple[float, bool]]:
         """Log-likelihood (nats) and greediness of each (context, continuation) in ids, in their order.
 
-        Pairs with the same input, as choices of one token are, share one row of the model's batch.
+        Pairs with one context, as the choices of a question are, read it once.
         """
-        rows: dict[tuple[int, ...], list[int]] = {}
+        asked: dict[Tokens, list[int]] = {}
         for index, (context, continuation) in enumerate(pairs):
-            rows.setdefault(self._input_of(context, continuation), []).append(index)
+            asked.setdefault(self._context_of(context, continuation), []).append(index)
         longest = self._language_model.max_length + 1
         self._warn_of_cuts(sum(len(context) + len(rest) > longest for context, rest in pairs), len(pairs))
-        scores = [(0.0, False)] * len(pairs)
-        with self._progress(len(pairs), label) as progress:
-            for batch in _batches(sorted(rows, key=len, reverse=True), self._batch_size):
-                logits_bsv = self._logits(batch)
-                for inputs, logits_sv in zip(batch, logits_bsv, strict=True):
-                    for index in rows[inputs]:
-                        continuation = pairs[index][1]
-                        end = len(inputs)
-                        scores[index] = _score_span(logits_sv[end - len(continuation) : end], continuation)
-                    progress.update(len(rows[inputs]))
-        return scores
 
-    def _input_of(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
-        """What the model reads to predict ``continuation``: everything but the last token, cut from the
-        left to the model's length."""
+        def score(batch: Sequence[Tokens], reader: TextReader) -> dict[int, tuple[float, bool]]:
+            indices = [index for context in batch for index in asked[context]]
+            owners = [place for place, context in enumerate(batch) for _ in asked[context]]
+            continuations = [pairs[index][1] for index in indices]
+            return dict(zip(indices, reader.score(owners, continuations), strict=True))
+
+        found = self._share_out(list(asked), score, label)
+        return [found[index] for index in range(len(pairs))]
+
+    def _share_out(
+        self,
+        texts: Sequence[Tokens],
+        work: Callable[[Sequence[Tokens], "TextReader"], dict[int, T]],
+        label: str,
+    ) -> dict[int, T]:
+        """Do ``work`` on all texts, in batches of about one length, each on one of the model's replicas; what
+        it found by number of request, on every process."""
+        model, found, number = self._language_model, {}, 0
+        with self._progress(len(texts), label) as progress:
+            for cluster in cluster_texts(texts) if model.reads_on else [Cluster((), list(texts))]:
+                prefix = Prefix(model, cluster.prefix)
+                by_length = sorted(cluster.texts, key=len, reverse=True)
+                for batch in _batches(by_length, self._batch_size):
+                    if number % model.replicas == model.replica:
+                        reader = TextReader(model, prefix, batch, self._batch_size, self.eot_token_id)
+                        found.update(work(batch, reader))
+                    number += 1
+                    progress.update(len(batch))
+        if model.replicas == 1:
+            return found
+        return {index: each for part in model.exchange(found) for index, each in part.items()}
+
+    def _context_of(self, context: list[int], continuation: list[int]) -> Tokens:
+        """What the model reads before ``continuation``: the context, cut from the left so that both fit."""
         length = self._language_model.max_length
         if not context or not continuation:
             raise DataError(
@@ -152,19 +179,7 @@ class SkipmegaLM(TemplateLM):
                 f"a continuation of {len(continuation)} tokens cannot be scored by a model of {length}: "
                 "shorten the choices, or make the task loglikelihood_rolling"
             )
-        return tuple((context + continuation)[-(length + 1) :][:-1])
-
-    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [batch, longest row, vocab] float32 of rows padded on the right."""
-        longest = max(len(row) for row in rows)
-        padding = self.eot_token_id
-        tokens_bs = torch.tensor(
-            [[*row, *[padding] * (longest - len(row))] for row in rows],
-            dtype=torch.int64,
-            device=self._language_model.device,
-        )
-        with torch.no_grad():
-            return self._language_model.logits(tokens_bs)
+        return tuple(context[-(length + 1 - len(continuation)) :])
 
     def _start_generation(self, prompt: str, options: dict[str, Any]) -> "_Generation":
         settings = dict(normalize_gen_kwargs(options, DEFAULT_GENERATED_TOKENS))
@@ -186,23 +201,27 @@ class SkipmegaLM(TemplateLM):
             )
         prompt_ids = self.tok_encode(prompt) or [self.prefix_token_id]
         return _Generation(
-            tokens=prompt_ids[budget - length :],
+            prompt=tuple(prompt_ids[budget - length :]),
             until=handle_stop_sequences(settings["until"], eos=None),
             budget=budget,
             was_cut=len(prompt_ids) > length - budget,
         )
 
-    def _finish(self, batch: Sequence["_Generation"]) -> None:
-        running = list(batch)
-        while running:
-            logits_bsv = self._logits([generation.tokens for generation in running])
-            for generation, logits_sv in zip(running, logits_bsv, strict=True):
-                last = len(generation.tokens) - 1
-                self._append(generation, int(logits_sv[last].argmax()))
-            running = [generation for generation in running if not generation.finished]
+    def _generate(self, generations: list["_Generation"], reader: TextReader, owners: list[int]) -> None:
+        """Go on with the texts ``owners`` of ``reader``, until each is at its end."""
+        tokens = reader.last_logits[owners].argmax(dim=-1).tolist()
+        reader.keep(owners)
+        while generations:
+            for generation, token in zip(generations, tokens, strict=True):
+                self._append(generation, token)
+            going = [place for place, generation in enumerate(generations) if not generation.finished]
+            if not going:
+                return
+            generations = [generations[place] for place in going]
+            reader.keep(going)
+            tokens = reader.append([tokens[place] for place in going]).argmax(dim=-1).tolist()
 
     def _append(self, generation: "_Generation", token: int) -> None:
-        generation.tokens.append(token)
         if token == self.eot_token_id:
             generation.finished = True
             return
@@ -213,10 +232,8 @@ class SkipmegaLM(TemplateLM):
         text = self._decode(generation.generated)
         generation.finished = any(stop in text for stop in generation.until if stop)
 
-    def _text(self, generation: "_Generation") -> str:
-        return postprocess_generated_text(
-            self._decode(generation.generated), generation.until, think_end_token=None
-        )
+    def _text(self, generated: list[int], until: list[str]) -> str:
+        return postprocess_generated_text(self._decode(generated), until, think_end_token=None)
 
     def _decode(self, ids: list[int]) -> str:
         # ids of the vocabulary's padding have no text, here as in a Hugging Face tokenizer
@@ -224,6 +241,7 @@ class SkipmegaLM(TemplateLM):
         return self._text_tokenizer.decode([token for token in ids if token < size])
 
     def _warn_of_cuts(self, cut: int, total: int) -> None:
+        self.truncated += cut
         if cut and self._show_progress:
             _LOGGER.warning(
                 "%d of %d requests lost their beginning: they are longer than the model's %d tokens",
@@ -238,23 +256,14 @@ class SkipmegaLM(TemplateLM):
 
 @dataclass
 class _Generation:
-    """One text being generated. ``tokens`` is the prompt and all that followed, ``generated`` what
-    followed without the end of the text; ``was_cut`` says that the prompt lost its beginning."""
+    """One text being generated; ``was_cut`` says that the prompt lost its beginning."""
 
-    tokens: list[int]
+    prompt: Tokens
     until: list[str]
     budget: int
     was_cut: bool
     generated: list[int] = field(default_factory=list)
     finished: bool = False
-
-
-def _score_span(logits_sv: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Log-likelihood (nats) of ``continuation`` under logits [its length, vocab], and greediness."""
-    targets_s = torch.tensor(continuation, dtype=torch.int64, device=logits_sv.device)
-    log_probs_sv = torch.log_softmax(logits_sv, dim=-1)
-    chosen_s = log_probs_sv.gather(1, targets_s.unsqueeze(1))
-    return float(chosen_s.sum()), bool((log_probs_sv.argmax(dim=-1) == targets_s).all())
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +22,10 @@ import torch
 
 import skipmega
 from skipmega.errors import CheckpointError, ConfigError, DataError
+from skipmega.evaluation.averages import average_families
 from skipmega.evaluation.interface import LanguageModel, TextTokenizer
 from skipmega.evaluation.results import EvaluationResult, collect_tasks
+from skipmega.evaluation.suite import WrittenSuite, find_suite, suite_names, write_suite_tasks
 
 # Resamples behind the standard error of metrics without a closed form (perplexity).
 BOOTSTRAP_RESAMPLES = 1000
@@ -35,6 +38,7 @@ def evaluate_tasks(
     *,
     num_fewshot: int | None = None,
     include_paths: Sequence[str | Path] = (),
+    data_dir: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 1234,
@@ -48,11 +52,14 @@ def evaluate_tasks(
     Args:
         model: the model; its own mode (evaluation, no dropout) is the caller's to set.
         tokenizer: the model's own.
-        tasks: names or patterns (``local_*``) of tasks, groups or tags.
+        tasks: names or patterns (``local_*``) of tasks, groups or tags; ``skiplayer24`` and YAML files are
+            suites, whose sets that are not here are listed as missing.
         num_fewshot: examples in front of each question; None leaves each task its default. A task that
             fixes zero, as a rolling one does, keeps zero.
         include_paths: folders with task YAML files. When they hold all ``tasks``, lm-eval's own list of
             some 15,000 is not read, which saves many seconds.
+        data_dir: folder of a suite's sets, see :func:`skipmega.evaluation.suite.write_suite_tasks`; None
+            leaves data to lm-eval.
         limit: evaluate only the first ``limit`` documents of each task.
         batch_size: sequences in one call of the model.
         seed: of the choice of few-shot examples.
@@ -62,7 +69,7 @@ def evaluate_tasks(
         ConfigError: lm-eval is not installed, a task or folder does not exist, a setting cannot be used.
         DataError: a task's data set is not on this machine.
     """
-    settings = _Settings(tasks, num_fewshot, include_paths, limit, batch_size, seed)
+    settings = _Settings(tasks, num_fewshot, include_paths, data_dir, limit, batch_size, seed)
     _prepare_lm_eval("lm_eval")
     from skipmega.evaluation.adapter import SkipmegaLM
 
@@ -76,6 +83,7 @@ def evaluate_export(
     *,
     num_fewshot: int | None = None,
     include_paths: Sequence[str | Path] = (),
+    data_dir: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 1234,
@@ -106,7 +114,7 @@ def evaluate_export(
             raise CheckpointError(
                 f"{directory} has no {name}: give the folder of a Hugging Face export with its {what}"
             )
-    settings = _Settings(tasks, num_fewshot, include_paths, limit, batch_size, seed)
+    settings = _Settings(tasks, num_fewshot, include_paths, data_dir, limit, batch_size, seed)
     _prepare_lm_eval("lm_eval", "transformers", "accelerate")
     from lm_eval.models.huggingface import HFLM
 
@@ -127,6 +135,7 @@ class _Settings:
     tasks: Sequence[str]
     num_fewshot: int | None
     include_paths: Sequence[str | Path]
+    data_dir: str | Path | None
     limit: int | None
     batch_size: int
     seed: int
@@ -147,27 +156,35 @@ class _Settings:
     def describe(self) -> dict[str, Any]:
         """As plain values for the result."""
         paths = [str(path) for path in self.include_paths]
-        return {**asdict(self), "tasks": list(self.tasks), "include_paths": paths}
+        data_dir = None if self.data_dir is None else str(self.data_dir)
+        return {**asdict(self), "tasks": list(self.tasks), "include_paths": paths, "data_dir": data_dir}
 
 
 def _evaluate(adapter: Any, settings: _Settings, model_name: str) -> EvaluationResult:
     from lm_eval.evaluator import evaluate
 
     started = time.perf_counter()
-    with _only_first_rank_prints():
-        loaded = _load_tasks(settings.tasks, [str(path) for path in settings.include_paths])
-        for name, task in loaded["tasks"].items():
-            _set_shots(name, task, settings.num_fewshot, settings.seed)
-        report = evaluate(
-            lm=adapter,
-            task_dict=loaded,
-            limit=settings.limit,
-            bootstrap_iters=BOOTSTRAP_RESAMPLES,
-            log_samples=False,
+    with _only_first_rank_prints(), tempfile.TemporaryDirectory() as suites_dir:
+        suites, others = _write_suites(settings, suites_dir)
+        loaded, missing = _load_tasks(settings, suites, others, suites_dir)
+        report = (
+            {"results": {}}
+            if not loaded["tasks"]
+            else evaluate(
+                lm=adapter,
+                task_dict=loaded,
+                limit=settings.limit,
+                bootstrap_iters=BOOTSTRAP_RESAMPLES,
+                log_samples=False,
+            )
         )
+    tasks = collect_tasks(report)
     return EvaluationResult(
         model=model_name,
-        tasks=collect_tasks(report),
+        tasks=tasks,
+        averages=[average for written in suites for average in average_families(written.suite, tasks)],
+        missing=missing,
+        truncated=getattr(adapter, "truncated", None),
         settings=settings.describe(),
         versions=_versions(),
         seconds=time.perf_counter() - started,
@@ -202,14 +219,47 @@ def _stay_offline() -> None:
             vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
 
 
-def _load_tasks(names: Sequence[str], include_paths: list[str]) -> dict[str, dict[str, Any]]:
-    """The task objects by name, and the groups they are in, as ``lm_eval`` wants them."""
-    manager, found = _find_tasks(names, include_paths)
+def _write_suites(settings: _Settings, folder: str) -> tuple[list[WrittenSuite], list[str]]:
+    """The suites among the tasks, their task files written to ``folder``; and the other tasks."""
+    suites, others = [], []
+    for name in settings.tasks:
+        suite = find_suite(name)
+        if suite is None:
+            others.append(name)
+        else:
+            suites.append(write_suite_tasks(suite, settings.data_dir, folder))
+    return suites, others
+
+
+def _load_tasks(
+    settings: _Settings, suites: Sequence[WrittenSuite], others: Sequence[str], suites_dir: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The task objects by name, and the groups they are in, as ``lm_eval`` wants them; and why each of a
+    suite's tasks that are not among them is missing."""
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name in found:
+
+    def load(manager: Any, name: str, shots: int | None) -> None:
         for part, items in _load_task(manager, name).items():
             loaded[part].update(items)
-    return loaded
+            for each, task in items.items() if part == "tasks" else ():
+                _set_shots(each, task, shots, settings.seed)
+
+    missing = {name: reason for written in suites for name, reason in written.missing.items()}
+    for written in suites:
+        shots = written.suite.shots if settings.num_fewshot is None else settings.num_fewshot
+        manager, found = _find_tasks(written.tasks, [suites_dir])
+        for name in found:
+            try:
+                load(manager, name, shots)
+            except DataError as error:
+                if settings.data_dir is not None:
+                    raise
+                missing[name] = str(error)
+    if others:
+        manager, found = _find_tasks(others, [str(path) for path in settings.include_paths])
+        for name in found:
+            load(manager, name, settings.num_fewshot)
+    return loaded, missing
 
 
 def _find_tasks(names: Sequence[str], include_paths: list[str]) -> tuple[Any, list[str]]:
@@ -226,7 +276,7 @@ def _find_tasks(names: Sequence[str], include_paths: list[str]) -> tuple[Any, li
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, [*known, *suite_names()], n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists lm-eval's own"
     return f"no task, group or tag is called {name!r} in the include paths or lm-eval; {hint}"
 

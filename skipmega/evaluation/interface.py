@@ -1,16 +1,24 @@
 """What evaluation asks of a model and of a tokenizer; nothing here knows how either is built."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Cache(Protocol):
+    """What a model remembers of a batch of texts."""
+
+    def take(self, rows: Sequence[int]) -> "Cache":
+        """A copy of these rows, any number of times each."""
+
+
 class LanguageModel(Protocol):
     """A causal language model on any number of processes.
 
-    When a model spans several processes, all of them call :meth:`logits` in the same order with the same
-    tokens, and each gets the whole result.
+    When a copy of the model spans several processes, all of them call :meth:`logits` and :meth:`read` in the
+    same order with the same tokens, and each gets the whole result. Several copies share the work.
     """
 
     @property
@@ -23,20 +31,43 @@ class LanguageModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where :meth:`logits` wants its tokens and leaves its result."""
+        """Where logits are left."""
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Next-token logits at every position.
+    @property
+    def reads_on(self) -> bool:
+        """Whether :meth:`new_cache` and :meth:`read` may be called; if not, texts are read whole."""
+
+    @property
+    def replica(self) -> int:
+        """Number of this process's replica among the :attr:`replicas`, which share work."""
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the model there are."""
+
+    def exchange(self, found: Any) -> list[Any]:
+        """What each replica found, in their order, on every process."""
+
+    def logits(self, tokens: Tensor, at: Tensor) -> Tensor:
+        """Next-token logits at some positions.
 
         Position ``t`` depends on ``tokens[:, : t + 1]`` alone, so padding on the right changes nothing
         to its left.
 
         Args:
-            tokens: [batch, sequence] int64 on :attr:`device`, at most :attr:`max_length` long.
+            tokens: [batch, sequence] int64, at most :attr:`max_length` long.
+            at: [batch, m] int64, the positions.
 
         Returns:
-            [batch, sequence, vocab_size] float32.
+            [batch, m, vocab_size] float32 on :attr:`device`.
         """
+
+    def new_cache(self, batch: int) -> Cache:
+        """What :meth:`read` remembers of ``batch`` texts that are still empty."""
+
+    def read(self, cache: Any, tokens: Tensor, counts: Sequence[int], at: Tensor) -> Tensor:
+        """Append ``tokens`` [batch, n] int64, of which each row's first ``counts`` are no padding, to the
+        texts of ``cache``; logits at ``at`` [batch, m] of them, as :meth:`logits`."""
 
 
 class TextTokenizer(Protocol):

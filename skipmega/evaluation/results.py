@@ -42,15 +42,55 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
+class Average:
+    """Mean over a family's tasks, each counting the same whatever its size.
+
+    ``value`` and ``stderr`` are of the tasks that were evaluated, ``present`` in number; ``missing`` names
+    the others. Only of a ``complete`` family is the value comparable with another model's.
+    """
+
+    suite: str
+    family: str
+    value: float | None
+    stderr: float | None
+    present: int
+    missing: list[str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no task is missing."""
+        return not self.missing
+
+    def describe(self) -> str:
+        """One line for a report."""
+        of = f"{self.present} of {self.present + len(self.missing)} tasks"
+        if self.value is None:
+            return f"{self.suite}, {self.family}: none of its tasks has data"
+        error = "" if self.stderr is None else f" +- {self.stderr:.4f}"
+        if self.complete:
+            return f"{self.suite}, {self.family}: {self.value:.4f}{error} ({of})"
+        return (
+            f"{self.suite}, {self.family}: no average; {self.value:.4f}{error} over {of}, without "
+            f"{', '.join(self.missing)}"
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """One evaluation of one model.
 
+    ``averages`` are those of suites, ``missing`` says of each of their tasks that was not evaluated why.
+    ``truncated`` counts the requests that lost their beginning, since they were longer than the model (None
+    where lm-eval's own model does not tell).
     ``settings`` are the arguments that decide the numbers, ``versions`` those of the software,
     ``seconds`` the wall time of the whole evaluation and ``finished`` its end, UTC, ISO 8601.
     """
 
     model: str
     tasks: list[TaskResult]
+    averages: list[Average]
+    missing: dict[str, str]
+    truncated: int | None
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
@@ -76,7 +116,14 @@ class EvaluationResult:
         rows = [_row(task, metric) for task in self.tasks for metric in task.metrics]
         widths = [max(len(row[column]) for row in [_HEADERS, *rows]) for column in range(len(_HEADERS))]
         rule = "  ".join("-" * width for width in widths)
-        return "\n".join([_line(_HEADERS, widths), rule, *[_line(row, widths) for row in rows]])
+        lines = [_line(_HEADERS, widths), rule, *[_line(row, widths) for row in rows]]
+        if self.averages:
+            lines += ["", *[average.describe() for average in self.averages]]
+        if self.truncated:
+            lines += ["", f"{self.truncated} requests lost their beginning: they are longer than the model"]
+        if self.missing:
+            lines += ["", *[f"missing: {name}: {reason}" for name, reason in self.missing.items()]]
+        return "\n".join(lines)
 
     def write_json(self, path: str | Path) -> None:
         """Write everything to ``path``, atomically; a value that is not finite is written as null."""

@@ -31,7 +31,9 @@ def measure_grid(path: Path, plan: StepPlan, name: str, grid: ParallelGrid, outp
     for model in missing_models(plan, name, output):
         dist.barrier()  # nobody reads what is missing while the first process already writes
         config = step_config(path, plan, name, model)
-        record = {"grid": name, "model": model, **_measure(config, plan, grid)}
+        config, batches = _prepared(config, plan, grid)
+        measured = measure_steps(config, batches, plan.train_steps, plan.timed_steps, grid)
+        record = {"grid": name, "model": model, **measured}
         gc.collect()
         if grid.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -41,8 +43,18 @@ def measure_grid(path: Path, plan: StepPlan, name: str, grid: ParallelGrid, outp
                 stream.write(json.dumps(record) + "\n")
 
 
-def _measure(config: RunConfig, plan: StepPlan, grid: ParallelGrid) -> dict[str, Any]:
-    config, batches = _prepared(config, plan, grid)
+def measure_steps(
+    config: RunConfig, batches: Iterator[TokenBatch], train_steps: int, timed_steps: int, grid: ParallelGrid
+) -> dict[str, Any]:
+    """Train ``train_steps`` steps that count nothing, then measure ``timed_steps``.
+
+    Args:
+        config: resolved for this grid.
+        batches: this data rank's micro-batches.
+        train_steps: for compilation, and routers that have learnt something.
+        timed_steps: at least one.
+        grid: this process's place; all its processes call it together.
+    """
     if grid.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(grid.device)
     begun = time.perf_counter()
@@ -51,29 +63,28 @@ def _measure(config: RunConfig, plan: StepPlan, grid: ParallelGrid) -> dict[str,
     def train(steps: range) -> tuple[list[float], Averages]:
         times, sums = [], StepSums.zeros(config, grid)
         for step in steps:
-            start = _now(grid.device)
+            start = now(grid.device)
             engine.train_step(batches, step, config.optimizer.learning_rate, sums)
-            times.append(_now(grid.device) - start)
+            times.append(now(grid.device) - start)
         return times, average(sums, config, grid)
 
-    train(range(plan.train_steps))
+    train(range(train_steps))
     ready = time.perf_counter() - begun
-    times, seen = train(range(plan.train_steps, plan.train_steps + plan.timed_steps))
-    seconds = _slowest(statistics.median(times), grid)
+    times, seen = train(range(train_steps, train_steps + timed_steps))
+    seconds = slowest(statistics.median(times), grid)
     tokens = config.training.global_batch_size * config.data.sequence_length
     flops = tokens * training_flops_per_token(config, executed_shares(config, seen))
-    communication = _communication_seconds(
-        grid.device, lambda: train(range(plan.train_steps, plan.train_steps + 1))
-    )
+    communication = _communication_seconds(grid.device, lambda: train(range(train_steps, train_steps + 1)))
     engine.close()
     return {
         "seconds_per_step": seconds,
         "fastest": min(times),
         "slowest": max(times),
+        "flops_per_step": flops,
         "tokens_per_second_per_device": tokens / seconds / grid.world_size,
         "executed_tflops_per_device": flops / seconds / grid.world_size / TERA,
         "communication_seconds": communication,
-        "peak_memory_gib": _slowest(peak_memory_gib(grid.device), grid),
+        "peak_memory_gib": slowest(peak_memory_gib(grid.device), grid),
         "stage_seconds": seen.stage_seconds,
         "ready_after_seconds": ready,
         "loss": seen.loss,
@@ -104,7 +115,7 @@ def _prepared(
     """The resolved configuration, and micro-batches of random tokens or of this data rank's own shard."""
     if not plan.shards:
         config = resolve_grid(resolve_vocabulary(config, None), grid.world_size)
-        return config, _random_batches(config, grid)
+        return config, random_batches(config, grid)
     config, tokenizer = resolve(config, grid.world_size)
     needed = (plan.train_steps + plan.timed_steps + 1) * config.training.global_batch_size
     shards = []
@@ -132,7 +143,7 @@ def _prepared(
     )
 
 
-def _random_batches(config: RunConfig, grid: ParallelGrid) -> Iterator[TokenBatch]:
+def random_batches(config: RunConfig, grid: ParallelGrid) -> Iterator[TokenBatch]:
     """Uniformly drawn tokens, a document end every thousand or so."""
     size, length = config.training.micro_batch_size, config.data.sequence_length
     generator = torch.Generator().manual_seed(grid.data.rank)
@@ -161,13 +172,14 @@ def _communication_seconds(device: torch.device, step: Callable[[], Any]) -> flo
     return sum(e.self_device_time_total for e in seen.key_averages() if "nccl" in e.key.lower()) / 1e6
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _slowest(number: float, grid: ParallelGrid) -> float:
+def slowest(number: float, grid: ParallelGrid) -> float:
     """The largest ``number`` of any process."""
     largest = torch.tensor([number], dtype=torch.float64, device=grid.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)

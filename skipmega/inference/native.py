@@ -1,6 +1,8 @@
 """A checkpoint as a language model: tokens in, logits out, on any grid."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, build_config, resolve_grid
+from skipmega.models.cache import KeyValueCache, LayerCache
 from skipmega.models.decoder import DecoderStage, StageChunk
 from skipmega.models.layer import LayerContext
+from skipmega.models.rotary import rotary_table
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.logical import LogicalTensor, partition_dim
 from skipmega.parallel.pipeline import run_micro_batches
@@ -19,18 +23,25 @@ from skipmega.routing.state import RoutingState
 class NativeModel:
     """A trained decoder, without noise, at ``routing.eval_capacity_factor`` (dropless by default).
 
-    All processes of a replica (tensor x pipeline) call :meth:`logits` together with the same tokens; each
-    gets the whole result. Data-parallel replicas are independent.
+    All processes of a replica (tensor x pipeline) call :meth:`logits` and :meth:`read` together with the same
+    tokens; each gets the whole result. Data-parallel replicas are independent, but for :meth:`exchange`.
     """
 
     def __init__(
-        self, config: RunConfig, grid: ParallelGrid, stage: DecoderStage, routing: RoutingState, step: int
+        self,
+        config: RunConfig,
+        grid: ParallelGrid,
+        stage: DecoderStage,
+        routing: RoutingState,
+        step: int,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.grid = grid
         self.stage = stage.eval()
         self._routing = routing
         self._steps_done = step
+        self._before_pass = before_pass
 
     @classmethod
     def load(
@@ -80,25 +91,82 @@ class NativeModel:
         """Where :meth:`logits` leaves its result."""
         return self.grid.device
 
+    @property
+    def replica(self) -> int:
+        """Number of this replica among the :attr:`replicas`, which share work."""
+        return self.grid.data.rank
+
+    @property
+    def replicas(self) -> int:
+        """How many there are."""
+        return self.grid.data.size
+
+    def exchange(self, found: Any) -> list[Any]:
+        """What each replica found, in their order; all processes call it together."""
+        everything: list[Any] = [None] * self.replicas
+        torch.distributed.all_gather_object(everything, found, group=self.grid.data.group)
+        return everything
+
+    @property
+    def reads_on(self) -> bool:
+        """Whether :meth:`new_cache` can be used: whether what a token executes and sees depends on nothing
+        but keys and values of the tokens before it."""
+        routing = self.config.routing
+        return routing.keys_values == "all" and routing.eval_capacity_factor is None
+
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """For :meth:`read`: of ``batch`` empty texts."""
+        return KeyValueCache({name: LayerCache() for name in self.stage.layers}, [0] * batch)
+
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Next-token logits at every position; every token sees all earlier ones of its row.
+    def logits(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
+        """Next-token logits; every token sees all earlier ones of its row.
 
         Args:
             tokens: [b, s] int64.
+            at: [b, m] int64, the positions whose logits are wanted; None for all.
 
         Returns:
-            [b, s, vocabulary] float32.
+            [b, m or s, vocabulary] float32.
         """
-        batch, length = tokens.shape
         group = self.config.routing.group_size or 1
-        padded = torch.nn.functional.pad(tokens, (0, -length % group)).to(self.device)
+        padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % group))
+        if at is None:
+            at = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
+        return self._run(padded, at, None)
+
+    @torch.no_grad()
+    def read(
+        self, cache: KeyValueCache, tokens: Tensor, counts: Sequence[int], at: Tensor | None = None
+    ) -> Tensor:
+        """Read on: append ``tokens`` to the texts of ``cache``, which grows by them.
+
+        Args:
+            cache: of b texts.
+            tokens: [b, n] int64, padded on the right.
+            counts: how many of the n tokens of each row are no padding.
+            at: [b, m] int64 below n, the tokens whose logits are wanted; None for the last of each row.
+
+        Returns:
+            [b, m or 1, vocabulary] float32: next-token logits.
+        """
+        assert self.reads_on
+        if at is None:
+            at = torch.tensor(counts).unsqueeze(1) - 1
+        result = self._run(tokens, at, cache)
+        cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
+        return result
+
+    def _run(self, tokens: Tensor, at: Tensor, cache: KeyValueCache | None) -> Tensor:
+        self._before_pass()
+        tokens, at = tokens.to(self.device), at.to(self.device)
+        batch, length = tokens.shape
         collected = run_micro_batches(
             self.stage.chunks,
-            iter([padded]),
-            self._step,
+            iter([tokens]),
+            partial(self._step, at, cache),
             num_micro_batches=1,
-            sequence_length=padded.shape[1],
+            sequence_length=length,
             micro_batch_size=batch,
             backward=False,
             collect_outputs=True,
@@ -106,17 +174,33 @@ class NativeModel:
         if self.grid.is_last_stage:
             result = collected[0].transpose(0, 1).float().contiguous()
         else:
-            result = torch.empty(*padded.shape, self.vocab_size, device=self.device)
-        return self.grid.broadcast_from_last_stage(result)[:, :length]
+            result = torch.empty(*at.shape, self.vocab_size, device=self.device)
+        return self.grid.broadcast_from_last_stage(result)
 
-    def _step(self, batches: Iterator[Tensor], chunk: StageChunk) -> tuple[Tensor, Callable[..., Any]]:
+    def _step(
+        self, at: Tensor, cache: KeyValueCache | None, batches: Iterator[Tensor], chunk: StageChunk
+    ) -> tuple[Tensor, Callable[..., Any]]:
         tokens = next(batches)
-        context = LayerContext(None, self.config.routing.eval_capacity_factor)
         batch, length = tokens.shape
         positions = torch.arange(length, device=tokens.device)
+        context = LayerContext(None, self.config.routing.eval_capacity_factor)
+        if cache is not None:
+            context = replace(context, caches=cache.layers)
+            if any(cache.lengths):
+                read = torch.tensor(cache.lengths, device=tokens.device)
+                positions = positions.unsqueeze(1) + read
+                context = self._after(context, positions, max(cache.lengths) + length)
         inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
         hidden = chunk(tokens, context, inputs).hidden
-        return (self.stage.logits(hidden) if chunk.is_last else hidden), _output
+        if not chunk.is_last:
+            return hidden, _output
+        wanted = at.t().unsqueeze(2).expand(-1, -1, hidden.shape[2])
+        return self.stage.logits(hidden.gather(0, wanted)), _output
+
+    def _after(self, context: LayerContext, positions: Tensor, end: int) -> LayerContext:
+        model = self.config.model
+        table = rotary_table(end, model.head_size, model.rope_theta, positions.device)
+        return replace(context, rotary=table, positions=positions)
 
 
 def with_eval_density(config: RunConfig, eval_density: float | None) -> RunConfig:

@@ -1,8 +1,9 @@
 """Causal attention of packed queries over the keys and values of all tokens.
 
-Two implementations of one operation: ``sdpa`` (any device; the reference, with an explicit mask) and
-``flex`` (CUDA under ``torch.compile``; block-sparse, skips what no query of a block may see). The model
-chooses one at construction.
+Three implementations of one operation: ``sdpa`` (any device; the reference, with an explicit mask), ``flex``
+(CUDA under ``torch.compile``; block-sparse, skips what no query of a block may see) and ``triton`` (CUDA; own
+kernels, which find those blocks from the positions). One is chosen at the start. Where all tokens ask, and of
+one document, it is causal attention, of which torch's is the fastest.
 """
 
 from typing import Literal
@@ -12,9 +13,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-AttentionBackend = Literal["sdpa", "flex"]
+from skipmega.errors import ConfigError
+
+AttentionBackend = Literal["sdpa", "flex", "triton"]
 
 BLOCK = 128
+
+
+def choose_attention(
+    wanted: AttentionBackend | Literal["auto"], device: torch.device, compiled: bool, head_size: int
+) -> AttentionBackend:
+    """The implementation that ``training.attention`` asks for.
+
+    Raises:
+        ConfigError: it cannot run here.
+    """
+    if wanted == "auto":
+        return "flex" if compiled and device.type == "cuda" else "sdpa"
+    if wanted == "triton" and device.type != "cuda":
+        raise ConfigError("training.attention=triton needs a GPU, and there is none: leave it at auto")
+    if wanted == "triton" and (head_size < 16 or head_size & (head_size - 1)):
+        raise ConfigError(
+            "training.attention=triton has kernels for heads of 16, 32, 64, 128, ... channels, and these "
+            f"have {head_size} (model.head_dim): leave it at auto"
+        )
+    if wanted == "flex" and not compiled:
+        raise ConfigError("training.attention=flex needs training.compile=true: set it, or leave it at auto")
+    return wanted
 
 
 def packed_attention(
@@ -41,10 +66,16 @@ def packed_attention(
         [q, b, heads, d], dtype of ``query``.
     """
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    if backend == "flex":
-        out = _flex(q, k, v, positions, since)
-    elif positions is None and since is None:
+    if positions is None and since is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    elif backend == "flex":
+        out = _flex(q, k, v, positions, since)
+    elif backend == "triton":
+        from skipmega.kernels.attention_triton import attention
+
+        if positions is None:
+            positions = torch.arange(len(query), device=query.device).unsqueeze(1).expand(-1, query.shape[1])
+        return attention(query, key, value, positions, since)[0]
     else:
         mask = visibility(positions, since, k.shape[2], k.shape[0], k.device)
         out = F.scaled_dot_product_attention(

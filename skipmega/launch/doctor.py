@@ -9,12 +9,13 @@ import shutil
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+import pynvml
 import torch
 import torch.distributed as dist
 from packaging.specifiers import SpecifierSet
@@ -23,6 +24,7 @@ from skipmega.config import RunConfig
 from skipmega.data.files import find_pairs
 from skipmega.errors import DataError
 from skipmega.launch.estimate import GIB, with_vocabulary
+from skipmega.launch.gpu_health import GpuHealth, read_health
 from skipmega.models.flops import count_parameters
 from skipmega.parallel.grid import Axis, ParallelGrid
 
@@ -32,9 +34,12 @@ TESTED = {"torch": ">=2.11,<2.14", "deepspeed": ">=0.19.8,<0.20", "megatron-core
 _CHECKPOINT_BYTES = 12  # of a weight: fp32 master and two moments
 _OPEN_FILES = 4096
 _CLOCK_SECONDS = 5.0
-_USED_GIB = 1.0  # of a GPU, before this process allocates anything
+_USED_GIB = 1.5  # of a GPU, this process's context and a stranger's included
 _REDUCED = {"cuda": 1 << 25, "cpu": 1 << 20}  # fp32 elements
-_SLOW = 0.5  # of the median bandwidth of groups of the same axis
+# size and type of square matrices, and how many products of them
+_PRODUCTS = {"cuda": (8192, torch.bfloat16, 50), "cpu": (512, torch.float32, 5)}
+_BUSY = 5  # times that work: less than half a second, which NVML's answers may take
+_SLOW = 0.5  # of the median over all processes
 
 
 @dataclass(frozen=True)
@@ -62,32 +67,61 @@ def check_node(config: RunConfig | None) -> list[Finding]:
     return [Finding(_node(), message, fatal) for message, fatal in found]
 
 
-def check_device(device: torch.device) -> list[Finding]:
-    """Health and free memory of this process's GPU, and whether it computes; nothing on a CPU."""
+def examine_gpu(device: torch.device) -> GpuHealth | str:
+    """The health of this process's GPU, at work; or why it is not available."""
+    if device.type != "cuda":
+        return "no GPU"
+    for _ in range(_BUSY):
+        _multiply(device)  # only queued: what holds clocks back shows under load
+    try:
+        return read_health(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    except pynvml.NVMLError as error:
+        return f"{error}"
+
+
+def describe_health(health: GpuHealth | str) -> str:
+    """One line."""
+    return (
+        f"GPU health: {health.describe() if isinstance(health, GpuHealth) else f'not available ({health})'}"
+    )
+
+
+def check_device(device: torch.device, health: GpuHealth | str) -> list[Finding]:
+    """Free memory of this process's GPU, whether it computes, and its health; nothing on a CPU."""
     if device.type != "cuda":
         return []
     found = []
     free, total = torch.cuda.mem_get_info(device)
-    if (total - free) / GIB > _USED_GIB + 0.5:
-        found.append(f"{device} has {(total - free) / GIB:.1f} of {total / GIB:.1f} GiB in use by others")
+    used = (total - free - torch.cuda.memory_reserved(device)) / GIB
+    if used > _USED_GIB:
+        found.append((f"{device} has {used:.1f} of {total / GIB:.1f} GiB in use by others", True))
+    if not _multiplies_rightly(device):
+        found.append((f"{device} multiplies small whole numbers wrongly", True))
+    if isinstance(health, GpuHealth):
+        found += [(f"{device}: {message}", fatal) for message, fatal in health.complaints()]
+    return [Finding(_node(), message, fatal) for message, fatal in found]
+
+
+def _multiplies_rightly(device: torch.device) -> bool:
     row = torch.arange(512, device=device, dtype=torch.float32) % 7
     product = (row[:, None].bfloat16() @ row[None].bfloat16()).float()
-    if not torch.equal(product, row[:, None] * row[None]):
-        found.append(f"{device} multiplies small whole numbers wrongly")
-    return [Finding(_node(), message, fatal=True) for message in found]
+    return torch.equal(product, row[:, None] * row[None])
 
 
 def check_together(grid: ParallelGrid, folder: Path) -> list[Finding]:
-    """What shows between processes: clocks, the shared folder, sums and their speed over each group.
+    """What shows between processes: clocks, the shared folder, the speed of each device, sums and their speed
+    over each group.
 
     Every process of the grid calls it; the first one's answer holds the findings of all, and it prints the
-    slowest group of each axis.
+    slowest device, and the slowest group of each axis.
 
     Args:
         folder: one that all nodes are to share.
     """
     nodes = _gathered(_node())
-    found = _skewed(nodes) + _strangers(grid, folder)
+    found = _skewed(nodes) + _products(grid)
+    if grid.world_size > 1:
+        found += _strangers(grid, folder)
     for name in ("tensor", "context", "pipeline", "replicas"):
         axis: Axis = getattr(grid, name)
         if any(_gathered(axis.size > 1)):
@@ -175,25 +209,49 @@ def _strangers(grid: ParallelGrid, folder: Path) -> list[Finding]:
     )
 
 
+def _products(grid: ParallelGrid) -> list[Finding]:
+    """Matrix products, on every device at once: none far behind the others."""
+    _multiply(grid.device)
+    seconds = _time(grid, lambda: _multiply(grid.device))
+    size, _, count = _PRODUCTS[grid.device.type]
+    return _compare(grid, "matrix products", 2 * size**3 * count / seconds / 1e12, "TFLOP/s")
+
+
+def _multiply(device: torch.device) -> None:
+    size, dtype, count = _PRODUCTS[device.type]
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    for _ in range(count):
+        matrix @ matrix
+
+
 def _sums(grid: ParallelGrid, name: str, axis: Axis) -> list[Finding]:
     """All-reduce over the groups of one axis, all at once: exact sums, and no group far behind the others."""
     numbers = torch.full((_REDUCED[grid.device.type],), float(axis.rank + 1), device=grid.device)
     dist.all_reduce(numbers.clone(), group=axis.group)  # connects
-    _synchronize(grid)
-    began = time.perf_counter()
-    dist.all_reduce(numbers, group=axis.group)
-    _synchronize(grid)
-    speed = numbers.numel() * numbers.element_size() / (time.perf_counter() - began) / 1e9
+    seconds = _time(grid, lambda: dist.all_reduce(numbers, group=axis.group))
     right = bool((numbers == axis.size * (axis.size + 1) / 2).all())
+    found = [] if right else [Finding(_node(), f"an all-reduce over {name} gave a wrong sum", fatal=True)]
+    speed = numbers.numel() * numbers.element_size() / seconds / 1e9
+    return found + _compare(grid, f"all-reduce over {name} ({axis.size})", speed, "GB/s")
+
+
+def _compare(grid: ParallelGrid, what: str, speed: float, unit: str) -> list[Finding]:
     speeds = _gathered(speed)
     if grid.rank == 0:
-        print(f"all-reduce over {name} ({axis.size}): {min(speeds):.2f} to {max(speeds):.2f} GB/s")
-    found = [] if right else [Finding(_node(), f"an all-reduce over {name} gave a wrong sum", fatal=True)]
-    if speed < _SLOW * statistics.median(speeds):
-        usual = statistics.median(speeds)
-        message = f"all-reduce over {name} at {speed:.2f} GB/s, where {usual:.2f} is usual"
-        found.append(Finding(_node(), message, fatal=False))
-    return found
+        print(f"{what}: {min(speeds):.3g} to {max(speeds):.3g} {unit}", flush=True)
+    usual = statistics.median(speeds)
+    if speed >= _SLOW * usual:
+        return []
+    return [Finding(_node(), f"{what} at {speed:.3g} {unit}, where {usual:.3g} is usual", fatal=False)]
+
+
+def _time(grid: ParallelGrid, work: Callable[[], object]) -> float:
+    """Seconds that the device takes for it."""
+    _synchronize(grid)
+    began = time.perf_counter()
+    work()
+    _synchronize(grid)
+    return time.perf_counter() - began
 
 
 def _synchronize(grid: ParallelGrid) -> None:

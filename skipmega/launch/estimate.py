@@ -268,11 +268,11 @@ def _recomputed(config: RunConfig, stage: int) -> float:
 def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
     """Bytes that one layer keeps of one micro-batch for backward, on one process.
 
-    What torch's min-cut partitioner keeps: the inputs of the layer and of all matrix products (the router's
-    in fp32), queries, keys, values, the result of attention before and after its projection, the feed-forward
-    network before and after its activation, and what a router weights. Products that follow a gathering have
-    gathered inputs. Masks are not made, small things are left out. Of what ``recompute`` names, only the
-    input is kept, as it is before it is gathered.
+    What torch's min-cut partitioner keeps: the inputs of the layer and of all matrix products, queries, keys,
+    values, the result of attention before and after its projection, the feed-forward network before and after
+    its activation, and what a router weights. Products that follow a gathering have gathered inputs. Masks
+    are not made, small things are left out. Of what ``recompute`` names, only the input is kept, as it is
+    before it is gathered.
     """
     model, routing, tensor = config.model, config.routing, config.parallel.tensor_parallel
     hidden, routed, rows = model.hidden_size, config.layer_is_routed(layer), _rows(config)
@@ -293,10 +293,8 @@ def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
         entered += shares.mlp * (hidden + inner)
     elif routed and routing.wrap == "mlp":
         own += shares.mlp * hidden
-    size = _element_size(config)
-    for_router = 4 * hidden if routed and routing.scores_tokens and size < 4 else 0
     kept = own * rows.own + entered * rows.entered + gathered * rows.sequence
-    return kept * size + for_router * rows.own
+    return kept * _element_size(config)
 
 
 def _logit_bytes(config: RunConfig) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -21,6 +22,8 @@ from skipmega.data.ranks import on_rank_0
 from skipmega.data.streams import build_streams
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import CheckpointDamagedError, CheckpointError, ConfigError
+from skipmega.launch.backends import describe_kernels
+from skipmega.launch.live_tasks import LiveTasks, check_tasks
 from skipmega.launch.run_folder import RunFolder
 from skipmega.models.flops import count_parameters, training_flops_per_token
 from skipmega.models.stages import cut_stages, stage_costs
@@ -48,6 +51,8 @@ def pretrain(config: RunConfig, process: ProcessInfo) -> None:
     config, tokenizer = resolve(config, process.world_size)
     folder = RunFolder(config)
     folder.check()
+    if config.evaluation.interval:
+        check_tasks(config.evaluation)
     stops = StopRequests(folder.stop_file if process.rank == 0 else None, config.training.max_duration)
     stops.listen()
     try:
@@ -71,6 +76,7 @@ def _pretrain(
     if grid.rank == 0:
         folder.record_data(data.fingerprint)
     held_out = _held_out_readers(config, grid, data, tokenizer)
+    live = LiveTasks(engine, tokenizer)
     with Watchdog(
         folder.heartbeats(attempt), grid.rank, grid.world_size, 60 * config.training.hang_minutes
     ) as watchdog:
@@ -86,6 +92,7 @@ def _pretrain(
             check_owned=lambda: folder.check_owned(attempt) if grid.rank == 0 else None,
             go_back=lambda: resume(engine, grid, folder)[1],
             beat=watchdog.beat,
+            ask_tasks=partial(live.ask, watchdog.beat) if config.evaluation.interval else None,
         )
         loop.run()
     for sink in sinks:
@@ -125,8 +132,13 @@ def build_data(config: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
         num_train_samples=train,
         num_valid_samples=valid,
         seed=training.seed,
-        index_cache=config.data.index_cache or RunFolder(config).index_cache,
+        index_cache=index_cache(config),
     )
+
+
+def index_cache(config: RunConfig) -> Path:
+    """Folder of a run's sample indices."""
+    return Path(config.data.index_cache or RunFolder(config).index_cache)
 
 
 def claim(folder: RunFolder, grid: ParallelGrid) -> int:
@@ -195,14 +207,14 @@ class RunSaver:
     def __init__(self, engine: TrainingEngine, folder: RunFolder, attempt: int) -> None:
         self._engine, self._attempt = engine, attempt
         self._buffers = HostBuffers(engine.grid.device)
-        self._saver = CheckpointSaver(
+        self.files = CheckpointSaver(
             folder.store, engine.grid, engine.config, attempt, lambda: folder.check_owned(attempt)
         )
 
     @property
     def failed(self) -> bool:
         """As :attr:`CheckpointSaver.failed`."""
-        return self._saver.failed
+        return self.files.failed
 
     def begin(self, progress: Progress) -> None:
         """As :meth:`CheckpointSaver.begin`."""
@@ -212,11 +224,11 @@ class RunSaver:
             "optimizer_updates": updates_done(self._engine.optimizer),
             "versions": versions(),
         }
-        self._saver.begin(state, lambda: self._buffers.take_share(self._engine))
+        self.files.begin(state, lambda: self._buffers.take_share(self._engine))
 
     def wait(self) -> None:
         """As :meth:`CheckpointSaver.wait`."""
-        self._saver.wait()
+        self.files.wait()
 
 
 def versions() -> dict[str, str]:
@@ -237,7 +249,8 @@ def _start_records(
     config = engine.config
     folder.begin_records(progress.step)
     parameters, dense = count_parameters(config), training_flops_per_token(config) / 1e9
-    print(f"grid: {engine.grid.describe()}; ZeRO {config.parallel.zero_stage}; attention: {engine.attention}")
+    print(f"grid: {engine.grid.describe()}")
+    print(f"kernels: {describe_kernels(config, engine.grid.device)}")
     print(f"model: {parameters / 1e6:.1f}M parameters, {dense:.3g} GFLOPs per token if dense")
     if engine.grid.pipeline.size > 1:
         costs = stage_costs(config)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from skipmega.config import ModelConfig
 from skipmega.kernels.attention import AttentionBackend, packed_attention
 from skipmega.kernels.rows import gather_rows
+from skipmega.models.cache import LayerCache
 from skipmega.models.rotary import RotaryTable, rotary_table, rotate
 from skipmega.parallel.layers import ColumnLinear, RowLinear
 from skipmega.parallel.sequence import SequenceShards
@@ -34,6 +35,7 @@ class Attention(nn.Module):
         asking: PackingPlan | None,
         since: Tensor | None,
         backend: AttentionBackend,
+        cached: LayerCache | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -47,6 +49,7 @@ class Attention(nn.Module):
             since: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`; counted as
                 keys are, that is in positions where the keys are those of all tokens.
             backend: the implementation to use.
+            cached: keys and values of the tokens before these, which these are added to.
 
         Returns:
             [rows of this rank that ask, b, hidden].
@@ -55,7 +58,7 @@ class Attention(nn.Module):
         key = rotate(self._heads(self.key(shared)), rotary, positions)
         value = self._heads(self.value(shared))
         asked, at, keys_at = shared, positions, None
-        if self.shards.context.size > 1 and positions is not None:
+        if positions is not None and (self.shards.context.size > 1 or cached is not None):
             keys_at = positions.expand(-1, tokens.shape[1])
         if asking is not None:
             packed = gather_rows(shared.flatten(0, 1), asking.rows, asking.slots)
@@ -63,6 +66,8 @@ class Attention(nn.Module):
             at = keys_at = asking.positions if keys_at is None else keys_at.gather(0, asking.positions)
         query = rotate(self._heads(self.query(asked)), rotary, at)
         key, value = self.shards.gather_context(key), self.shards.gather_context(value)
+        if cached is not None:
+            key, value = cached.extend(key, value, positions, rotary.cosine.shape[0])
         attended = packed_attention(query, key, value, keys_at, since, backend)
         return self.shards.leave(self.output(attended.flatten(2)))
 

@@ -184,7 +184,7 @@ class DecoderStage(nn.Module):
 
         Args:
             tokens: [b, s] int64, whole sequences; read by the first chunk only.
-            context: what all layers share.
+            context: what all layers share; with ``positions`` it comes with the ``rotary`` table of all.
             inputs: of each routed layer's router, by global layer number.
             chunk: which one; left out, the first.
         """
@@ -194,12 +194,7 @@ class DecoderStage(nn.Module):
         else:
             assert chunk.received is not None
             hidden = chunk.received
-        model, length = self.model, tokens.shape[1]
-        table = rotary_table(length, model.head_size, model.rope_theta, hidden.device)
-        positions = None
-        if self.shards.context.size > 1:
-            positions = self.shards.context_positions(length, hidden.device).unsqueeze(1)
-        context = replace(context, rotary=table, positions=positions)
+        context = self._at_positions(context, tokens.shape[1], hidden.device)
         records = {}
         for number in chunk.layers:
             hidden, record = self._run(str(number), hidden, inputs.get(number), context)
@@ -207,11 +202,22 @@ class DecoderStage(nn.Module):
                 records[number] = record
         return StageOutput(hidden=hidden, records=records)
 
+    def _at_positions(self, context: LayerContext, length: int, device: torch.device) -> LayerContext:
+        if context.rotary is not None:
+            return context
+        table = rotary_table(length, self.model.head_size, self.model.rope_theta, device)
+        positions = None
+        if self.shards.context.size > 1:
+            positions = self.shards.context_positions(length, device).unsqueeze(1)
+        return replace(context, rotary=table, positions=positions)
+
     def _run(
         self, name: str, hidden: Tensor, inputs: RouterInputs | None, context: LayerContext
     ) -> LayerResult:
         layer = self.layers[name]
         if not self.training:
+            if context.caches is not None:
+                context = replace(context, cached=context.caches[name])
             result: LayerResult = layer(hidden, inputs, context)
             return result
         run = self._compiled.get(name, layer)

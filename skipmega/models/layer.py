@@ -5,7 +5,7 @@ route, plan, dispatch (pack the executed tokens), run, combine (write back). Key
 tokens, so a skipped token stays visible as context, unless ``routing.keys_values`` says otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from skipmega.config import RunConfig
 from skipmega.kernels.attention import AttentionBackend
 from skipmega.kernels.rows import add_rows, gather_rows
 from skipmega.models.attention import Attention
+from skipmega.models.cache import LayerCache
 from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
 from skipmega.models.rotary import RotaryTable
@@ -32,9 +33,9 @@ class LayerContext:
 
     ``since`` [b, s] int64, first position each token of the whole sequences may see, or None for 0;
     ``capacity_factor`` None is dropless; ``attention`` is the implementation to use; ``rotary`` the table of
-    all positions, made anew by every layer if None; ``positions`` [n, 1] int64 those of the rows that
+    all positions, made anew by every layer if None; ``positions`` [n, 1 or b] int64 those of the rows that
     attention gathers, None for 0, 1, ...; ``warmed`` how far the density has come from 1 (0.0) to its target
-    (1.0).
+    (1.0); ``caches`` keys and values of the tokens before these, by layer, and ``cached`` those of the layer.
     """
 
     since: Tensor | None
@@ -43,6 +44,8 @@ class LayerContext:
     rotary: RotaryTable | None = None
     positions: Tensor | None = None
     warmed: float = 1.0
+    caches: Mapping[str, LayerCache] | None = None
+    cached: LayerCache | None = None
 
 
 class RoutingRecord(NamedTuple):
@@ -211,7 +214,7 @@ class DecoderLayer(nn.Module):
     def _attend(self, normed: Tensor, context: LayerContext, asking: PackingPlan | None = None) -> Tensor:
         """Keys and values of all tokens; those ``asking`` are packed in the result."""
         asked = (normed, context.rotary, context.positions, asking, context.since, context.attention)
-        return self._part("attention", self.attention, *asked)
+        return self._part("attention", self.attention, *asked, context.cached)
 
     def _attend_among(self, packed: Tensor, plan: PackingPlan, context: LayerContext) -> Tensor:
         """Keys, values and queries of the executed tokens, which are packed already."""

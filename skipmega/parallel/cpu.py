@@ -17,9 +17,10 @@ from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import layers, mappings
 
 
-def run_megatron_on_cpu() -> None:
-    """Bind the CPU stand-in into megatron-core and keep DeepSpeed from compiling; safe to call twice."""
-    for module in (schedules, p2p_communication, layers, mappings):
+def run_megatron_on_cpu(*others: ModuleType) -> None:
+    """Bind the CPU stand-in into megatron-core, and ``others`` of its modules that are rarely imported, and
+    keep DeepSpeed from compiling; safe to call twice."""
+    for module in (schedules, p2p_communication, layers, mappings, *others):
         if not isinstance(module.torch, _TorchOnCpu):
             module.torch = _TorchOnCpu()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

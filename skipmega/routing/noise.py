@@ -25,7 +25,7 @@ def uniform(key: NoiseKey, layers: Tensor, positions: Tensor) -> Tensor:
     Args:
         key: the run's seed and the sequences.
         layers: [n] int64, global numbers of layers.
-        positions: [s] int64, of tokens in their sequences.
+        positions: [s] or [s, b] int64, of tokens in their sequences.
 
     Returns:
         [n, s, b] float32.
@@ -34,7 +34,8 @@ def uniform(key: NoiseKey, layers: Tensor, positions: Tensor) -> Tensor:
     of_layer = _mix((key.seed * 0x9E3779B1 & _MASK) + layers * 0x85EBCA77).view(-1, 1, 1)
     stream = _mix(_mix(samples >> 32) ^ of_layer)
     stream = _mix(stream ^ (samples & _MASK))
-    bits = _mix(_mix(positions.unsqueeze(1) ^ stream) + stream)
+    at = positions.unsqueeze(1) if positions.ndim == 1 else positions
+    bits = _mix(_mix(at ^ stream) + stream)
     return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 

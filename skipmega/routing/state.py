@@ -79,8 +79,8 @@ class RoutingState:
         return self._inputs(thresholds, step, key if draws else None, positions)
 
     def for_evaluation(self, step: int, batch: int, positions: Tensor) -> dict[int, RouterInputs]:
-        """What the routers of tokens at ``positions`` [s] int64 of ``batch`` sequences are told in evaluation
-        after ``step`` steps; the same for every sequence.
+        """What the routers of tokens at ``positions`` [s] or [s, b] int64 of ``batch`` sequences are told in
+        evaluation after ``step`` steps; the same for every sequence.
 
         Routers that don't read the token draw noise of layer and position alone.
         """

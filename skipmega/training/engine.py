@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
-from skipmega.kernels.attention import AttentionBackend, document_starts
+from skipmega.kernels.attention import choose_attention, document_starts
 from skipmega.models.decoder import DecoderStage, StageChunk
 from skipmega.models.layer import LayerContext
 from skipmega.parallel.grid import ParallelGrid
@@ -38,8 +38,8 @@ class TrainingEngine:
     def __init__(self, config: RunConfig, grid: ParallelGrid) -> None:
         self.config = config
         self.grid = grid
-        self.attention: AttentionBackend = (
-            "flex" if config.training.compile and grid.device.type == "cuda" else "sdpa"
+        self.attention = choose_attention(
+            config.training.attention, grid.device, config.training.compile, config.model.head_size
         )
         stage = DecoderStage(config, grid).to(grid.device)
         self._deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -97,6 +97,14 @@ class TrainingEngine:
             else:
                 controller.end_step(step)
         return torch.as_tensor(self._deepspeed.get_global_grad_norm())
+
+    def discard_gradients(self) -> None:
+        """Forget the step's gradients and what its controllers saw, as if it had not been executed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        averaged = self.optimizer.averaged_gradients
+        averaged.update(dict.fromkeys(averaged))
+        for controller in self._controllers:
+            controller.forget_step()
 
     @property
     def discarded_update(self) -> bool:

@@ -1,23 +1,24 @@
 """The training loop."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from skipmega.config import RunConfig
-from skipmega.data.batches import TokenBatch
 from skipmega.errors import RunFaultError, RunFencedError, RunStopped
 from skipmega.parallel.agreement import Agreement
 from skipmega.routing.state import warmed_up
+from skipmega.training.energy import energy_source, of_all_devices
 from skipmega.training.engine import TrainingEngine
+from skipmega.training.guard import Batches, Beat, StepGuard, reported
 from skipmega.training.metrics import (
     HeldOutAlarms,
     RoutingAlarms,
-    StepTimer,
+    StepMeter,
     peak_memory_gib,
     routing_numbers,
     speed_numbers,
@@ -26,8 +27,6 @@ from skipmega.training.schedule import learning_rate
 from skipmega.training.sinks import Sink
 from skipmega.training.stopping import Request, StopRequests
 from skipmega.training.sums import Averages, StepSums, average
-
-Batches = Iterator[TokenBatch]
 
 
 class Saver(Protocol):
@@ -47,12 +46,15 @@ class Saver(Protocol):
 @dataclass
 class Progress:
     """How far a run is: optimizer steps done, samples of the data order consumed by them, whether the
-    evaluation that is due after the last of them is still to be done, and how many updates were discarded."""
+    evaluation that is due after the last of them is still to be done, how many updates were discarded, how
+    many steps a second execution mended, and the losses of the last updates, by which the next are judged."""
 
     step: int = 0
     consumed_samples: int = 0
     owes_evaluation: bool = False
     discarded_updates: int = 0
+    transient_faults: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,12 @@ class TrainingLoop:
         check_owned: raises on the first process when the run has been taken over.
         go_back: puts the state of the last good checkpoint back, if there is one, and returns its path.
         beat: is told the step (0-based) and what it enters, for whoever watches.
+        ask_tasks: evaluates the tasks of ``evaluation`` after so many steps and returns what to record.
     """
+
+    _sums: StepSums
+    _norm: Tensor | None
+    _steps: int
 
     def __init__(
         self,
@@ -98,7 +105,8 @@ class TrainingLoop:
         stops: StopRequests,
         check_owned: Callable[[], None],
         go_back: Callable[[], Path | None],
-        beat: Callable[[int, str], None],
+        beat: Beat,
+        ask_tasks: Callable[[int], dict[str, Any]] | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -111,12 +119,17 @@ class TrainingLoop:
         self.check_owned = check_owned
         self.go_back = go_back
         self.beat = beat
+        self.ask_tasks = ask_tasks
         self.end = config.training.stop_after or config.training.steps
         self.agreement = Agreement()
+        self.guard = StepGuard(config, engine, progress.recent_losses, beat)
         self._began, self._saved_step = progress.step, 0
-        self._discarded_in_a_row = 0
+        self._discarded, self._discarded_in_a_row = False, 0
         self._went_back_to: Path | None = None
-        self._timer = StepTimer()
+        energy = energy_source(engine.grid.device)
+        self._seconds = StepMeter()
+        self._joules = StepMeter(energy) if energy else None
+        self._meters = [meter for meter in (self._seconds, self._joules) if meter]
         self._alarms = RoutingAlarms(config)
         self._held_out_alarms = HeldOutAlarms(config)
         self._forget()
@@ -129,55 +142,49 @@ class TrainingLoop:
             RunFencedError: the run has been taken over.
             StorageFaultError: a checkpoint could not be written.
             RunFaultError: the numbers stay out of range.
+            ReplicaDriftError: ranks differ in what they must have in common.
         """
         self.stops.training_begins()
         if self.progress.owes_evaluation:
             self.evaluate()
         while self.progress.step < self.end:
-            norm = self.train_step()
-            if self.engine.discarded_update:
-                self._answer_discarded_update()
-            else:
-                self._discarded_in_a_row = 0
-            if self._due(self.config.logging.interval) and self._steps:
-                self.record(norm)
+            self.train_step()
+            if self._due(self.config.logging.interval) and self._norm is not None:
+                self.record(self._norm)
             if self._due(self.config.training.eval_interval):
                 self.evaluate()
+            if self.ask_tasks is not None and self._due(self.config.evaluation.interval):
+                self._aside(partial(self._record_tasks, self.ask_tasks))
             if self._due(self.config.checkpoint.interval):
                 self._save()
             self._heed()
         self.beat(self.progress.step, "waiting for the last save")
         self.saver.wait()
 
-    def train_step(self) -> Tensor:
-        """One optimizer step; returns its gradient norm, still on the device."""
-        rate = learning_rate(self.config, self.progress.step)
-        step = self.progress.step
-        self.engine.accumulate_gradients(self._reported(self.train_batches, "micro-batch"), step, self._sums)
-        self.beat(step, "update")
-        norm = self.engine.apply_gradients(step, rate)
-        self._steps += 1
+    def train_step(self) -> None:
+        """One optimizer step, whose update may be discarded."""
+        step, rate = self.progress.step, learning_rate(self.config, self.progress.step)
+        done = self.guard.step(self.train_batches, self._sums, step, rate)
         self.progress.step += 1
         self.progress.consumed_samples += self.config.training.global_batch_size
-        return norm
+        self._discarded = done.problem is not None
+        if done.problem is not None:
+            self._answer_discarded_update(done.problem)
+            return
+        if done.overcome is not None:
+            self.progress.transient_faults += 1
+            self._alarm([f"{done.overcome}: not so when executed again, which counts: a transient fault"])
+        self._sums, self._norm = done.sums, done.norm
+        self._steps += 1
+        self._discarded_in_a_row = 0
 
     def record(self, norm: Tensor) -> None:
-        """Reduce what was seen since the last record and write it.
-
-        Raises:
-            RunFaultError: the loss is not finite although the gradients are; nothing after the last
-                checkpoint is kept.
-        """
+        """Reduce what was seen since the last record and write it."""
         seen = average(self._sums, self.config, self.engine.grid)
-        grad_norm = float(norm)
-        if not math.isfinite(seen.loss) or not math.isfinite(grad_norm):
-            raise RunFaultError(
-                f"step {self.progress.step}: loss {seen.loss}, gradient norm {grad_norm}: the run diverged; "
-                "lower optimizer.learning_rate or raise schedule.warmup_steps, and resume from the last "
-                "checkpoint"
-            )
         routing = routing_numbers(self.config, seen)
-        speed = speed_numbers(self.config, seen, self._steps, self._timer.read(), self.engine.grid.world_size)
+        grid, joules = self.engine.grid, self._joules.read() if self._joules else None
+        joules = of_all_devices(joules, grid.device)
+        speed = speed_numbers(self.config, seen, self._steps, self._seconds.read(), grid.world_size, joules)
         self._write(
             {
                 "kind": "train",
@@ -186,8 +193,9 @@ class TrainingLoop:
                 "tokens": self.progress.consumed_samples * self.config.data.sequence_length,
                 "loss": seen.loss,
                 "discarded_updates": self.progress.discarded_updates,
+                "transient_faults": self.progress.transient_faults,
                 "learning_rate": learning_rate(self.config, self.progress.step - 1),
-                "grad_norm": grad_norm,
+                "grad_norm": float(norm),
                 **speed,
                 "eta_seconds": speed["seconds_per_step"] * (self.end - self.progress.step),
                 "memory_gib": peak_memory_gib(self.engine.grid.device),
@@ -199,7 +207,7 @@ class TrainingLoop:
         self._alarm(self._alarms.check(seen, warmed_up(self.config, self.progress.step - 1)))
         self._forget()
 
-    def _answer_discarded_update(self) -> None:
+    def _answer_discarded_update(self, problem: str) -> None:
         """Go on with the next data; after several in a row, from the state of the last good checkpoint.
 
         The samples of the step count as consumed: no later step reads them. While the state may be at fault
@@ -209,17 +217,21 @@ class TrainingLoop:
             RunFaultError: there is no good checkpoint, or going back to it did not help.
         """
         self._forget()
-        self._timer.read()
+        for meter in self._meters:
+            meter.read()
         self._discarded_in_a_row += 1
         self.progress.discarded_updates += 1
-        limit, step = self.config.training.max_discarded, self.progress.step
-        self._alarm([f"the gradients of step {step} are not finite: its update is discarded"])
+        limit = self.config.training.max_discarded
+        self._alarm([f"{problem}, also when executed again: its update is discarded"])
         if self._discarded_in_a_row < limit:
             return
         self.saver.wait()
         checkpoint = self.go_back()
-        failed = f"the gradients of {limit} steps in a row, the last of them step {step}, are not finite"
-        mend = "lower optimizer.learning_rate or raise schedule.warmup_steps, and look at data and devices"
+        failed = f"{limit} updates in a row were discarded, the last since {problem}"
+        mend = (
+            "lower optimizer.learning_rate or raise schedule.warmup_steps, look at data and devices, and if "
+            "this is no spike set training.spike_sigmas=0"
+        )
         if checkpoint is None:
             raise RunFaultError(f"{failed}, and there is no checkpoint to go back to: {mend}")
         if checkpoint == self._went_back_to:
@@ -252,19 +264,16 @@ class TrainingLoop:
     def _evaluate_on(self, batches: Batches) -> Averages:
         training, step = self.config.training, self.progress.step
         micro_batches = training.eval_sequences // (training.micro_batch_size * self.engine.grid.data.size)
-        held_out = self._reported(batches, "evaluation, micro-batch")
+        held_out = reported(batches, self.beat, step, "evaluation, micro-batch")
         return self.engine.evaluate(held_out, micro_batches, step, self._give_way)
 
-    def _reported(self, batches: Batches, phase: str) -> Batches:
-        """The same batches; taking one is a beat."""
-        for number, batch in enumerate(batches):
-            self.beat(self.progress.step, f"{phase} {number}")
-            yield batch
+    def _record_tasks(self, ask: Callable[[int], dict[str, Any]]) -> None:
+        self._write({"kind": "tasks", "step": self.progress.step, **ask(self.progress.step)})
 
     def _save(self) -> None:
         """Begin to save, once a step; no state that may be at fault over a good one, unless the run ends."""
         step = self.progress.step
-        if step == self._saved_step or (self.engine.discarded_update and step < self.end):
+        if step == self._saved_step or (self._discarded and step < self.end):
             return
         self.beat(step, "saving")
         self._aside(lambda: self.saver.begin(self.progress))
@@ -305,10 +314,12 @@ class TrainingLoop:
         return step == self.end or (interval > 0 and step % interval == 0)
 
     def _aside(self, work: Callable[[], object]) -> None:
-        """Do what is not training without counting its time as training's."""
-        self._timer.pause()
+        """Do what is not training without counting its time and energy as training's."""
+        for meter in self._meters:
+            meter.pause()
         work()
-        self._timer.resume()
+        for meter in self._meters:
+            meter.resume()
 
     def _alarm(self, messages: list[str]) -> None:
         for message in messages:
@@ -320,4 +331,5 @@ class TrainingLoop:
 
     def _forget(self) -> None:
         self._sums = StepSums.zeros(self.config, self.engine.grid)
+        self._norm = None
         self._steps = 0

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,27 +16,29 @@ _HELD_OUT_TOLERANCE = 0.15
 _DEAD = 0.02  # of the target, or of its distance from 1
 
 
-class StepTimer:
-    """Seconds spent on training steps since the last reading; evaluation and saving are left out."""
+class StepMeter:
+    """How much of something that only grows (seconds; joules) was spent on training steps since the last
+    reading; evaluation and saving are left out. ``source`` tells how much there is so far."""
 
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._resumed = time.perf_counter()
+    def __init__(self, source: Callable[[], float] = time.perf_counter) -> None:
+        self._source = source
+        self._spent = 0.0
+        self._resumed = source()
 
     def pause(self) -> None:
         """Something other than training begins."""
-        self._seconds += time.perf_counter() - self._resumed
+        self._spent += self._source() - self._resumed
 
     def resume(self) -> None:
         """Training goes on."""
-        self._resumed = time.perf_counter()
+        self._resumed = self._source()
 
     def read(self) -> float:
-        """Seconds so far; the count starts again at zero."""
+        """What was spent so far; the count starts again at zero."""
         self.pause()
-        seconds, self._seconds = self._seconds, 0.0
+        spent, self._spent = self._spent, 0.0
         self.resume()
-        return seconds
+        return spent
 
 
 def routing_numbers(config: RunConfig, seen: Averages) -> dict[str, list[float] | list[int]]:
@@ -119,10 +122,11 @@ class HeldOutAlarms:
 
 
 def speed_numbers(
-    config: RunConfig, seen: Averages, steps: int, seconds: float, devices: int
+    config: RunConfig, seen: Averages, steps: int, seconds: float, devices: int, joules: float | None = None
 ) -> dict[str, float]:
     """Throughput of ``steps`` steps in ``seconds``: tokens/s of the whole job, TFLOP/s a device as executed
-    and dense-equivalent, and the MFU (executed, against ``logging.peak_tflops``) when a peak is stated."""
+    and dense-equivalent, the MFU (executed, against ``logging.peak_tflops``) when a peak is stated, and the
+    joules a token when the devices told that they consumed ``joules``."""
     tokens = steps * config.training.global_batch_size * config.data.sequence_length
     rate = tokens / seconds
     executed = rate * training_flops_per_token(config, executed_shares(config, seen)) / TERA / devices
@@ -134,6 +138,8 @@ def speed_numbers(
     }
     if config.logging.peak_tflops is not None:
         numbers["mfu"] = executed / config.logging.peak_tflops
+    if joules is not None:
+        numbers["joules_per_token"] = joules / tokens
     return numbers
 
 

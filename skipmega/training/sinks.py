@@ -146,6 +146,9 @@ def _line(record: Record) -> str:
         return f"step {step}: start of attempt {record['attempt']}"
     if record["kind"] == "alarm":
         return f"step {step}: ALARM: {record['message']}"
+    if record["kind"] == "tasks":
+        numbers = [f"{name} {value:.4g}" for name, value in record.items() if isinstance(value, float)]
+        return f"step {step}: {', '.join(numbers)}"
     density = record.get("density") or [1.0]
     shares = f"density {sum(density) / len(density):.3f} ({min(density):.2f}-{max(density):.2f})"
     if record["kind"] == "eval":
@@ -153,12 +156,13 @@ def _line(record: Record) -> str:
         return f"step {step}: held-out loss {record['loss']:.4f}{sources}  {shares}"
     tflops = f"{record['executed_tflops']:.3g} of {record['dense_tflops']:.3g} TFLOP/s"
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
+    joules = f"  {record['joules_per_token']:.3g} J/token" if "joules_per_token" in record else ""
     each = ", ".join(f"{1000 * seconds:.1f}" for seconds in record.get("stage_seconds", []))
     stages = f"  stages {each} ms" if each else ""
     return (
         f"step {step}/{record['steps']}  loss {record['loss']:.4f}  norm {record['grad_norm']:.3f}  "
         f"lr {record['learning_rate']:.2e}  {shares}  {record['tokens_per_second']:,.0f} tok/s  "
-        f"{tflops}{mfu}{stages}  ETA {_duration(record['eta_seconds'])}"
+        f"{tflops}{mfu}{joules}{stages}  ETA {_duration(record['eta_seconds'])}"
     )
 
 

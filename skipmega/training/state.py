@@ -5,11 +5,14 @@ left is cut over the tensor axis only. Every data rank takes part in both direct
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -101,6 +104,47 @@ def restore_state(engine: TrainingEngine, updates: int, state: Mapping[str, Logi
         tensor.local.copy_(state[key].local)
     for name, live in engine.routing_tensors().items():
         live.copy_(state[f"routing/{name}"].local)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank has of a parameter, live: the ``copy`` it computes with (with ZeRO 3 the piece of it), and
+    of the piece that it alone owns, which may be empty, that of the copy, the fp32 ``master`` and the
+    ``moments`` by name."""
+
+    copy: Tensor
+    piece: Tensor
+    master: Tensor
+    moments: dict[str, Tensor]
+
+    def master_as_copy(self) -> Tensor:
+        """The master in the copy's precision, as it was copied after the last update."""
+        return self.master.to(self.piece.dtype)
+
+
+def hold(engine: TrainingEngine, parameter: nn.Parameter) -> Held:
+    """What this rank has of ``parameter``."""
+    moments = _full_moments(engine, parameter)
+    if engine.config.parallel.zero_stage == 3:
+        piece = parameter.ds_tensor  # type: ignore[attr-defined]
+        states = {name: safe_get_local_optimizer_state(parameter, name) for name in moments}
+        return Held(piece, piece, safe_get_local_fp32_param(parameter), states)
+    owned = parameter._hp_mapping  # type: ignore[attr-defined]
+    if owned is None:
+        return Held(parameter, parameter.new_empty(0), parameter.new_empty(0, dtype=torch.float32), {})
+    where = owned.lp_fragment_address
+    piece = parameter.flatten().narrow(0, where.start, where.numel)
+    states = {name: owned.get_hp_fragment(name) for name in moments}
+    return Held(parameter, piece, owned.get_hp_fragment(), states)
+
+
+@torch.no_grad()
+def renew_copies(engine: TrainingEngine) -> None:
+    """Give every rank anew the weights that the fp32 masters say; collective. With ZeRO 3, which keeps no
+    copies, it does nothing."""
+    if engine.config.parallel.zero_stage < 3:
+        for parameter in engine.stage.parameters():
+            parameter.copy_(safe_get_full_fp32_param(parameter))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ take longer to launch than to run where few tokens execute, are due.
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +72,14 @@ class StepSums:
             clock=ForwardClock(grid.device),
         )
 
+    def copy(self) -> "StepSums":
+        """The same sums, to add to without touching these; the clock is shared."""
+        other = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor | list):
+                setattr(other, name, value.clone() if isinstance(value, Tensor) else list(value))
+        return other
+
     @torch.no_grad()
     def add_routing(self, records: Mapping[int, RoutingRecord]) -> None:
         """Count one micro-batch's records, by global layer number."""
@@ -121,6 +130,16 @@ class Averages:
     fullest_group: list[float]
     fullest_rank: list[float]
     stage_seconds: list[float]
+
+
+def mean_loss(before: StepSums, after: StepSums, grid: ParallelGrid) -> float:
+    """The loss in nats per token of what was added to ``before``; the same bits on every process, of every
+    axis, so that all decide alike by it."""
+    added = torch.stack([after.loss - before.loss, after.tokens - before.tokens])
+    for axis in (grid.replicas, grid.pipeline, grid.tensor):
+        dist.all_reduce(added, group=axis.group)
+    loss, tokens = added.tolist()
+    return loss / max(tokens, 1.0)
 
 
 def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:

@@ -20,10 +20,22 @@ class Disturbed:
 
     config: Path
     folder: Path
+    grid: tuple[str, ...] = ()
+
+    def on(self, name, *grid):
+        """The same on another grid, in a folder of its own."""
+        folder = self.folder / name
+        folder.mkdir()
+        return Disturbed(self.config, folder, grid).begun()
+
+    def begun(self):
+        """This, once the undisturbed run is there."""
+        assert self.attempt("undisturbed").join() == [0, 0], self.said("undisturbed")
+        return self
 
     def attempt(self, name, *overrides, spoil=None):
         output = self.folder / f"{name}.output"
-        everything = [f"run_dir={self.folder / name}", *OVERRIDES, *overrides]
+        everything = [f"run_dir={self.folder / name}", *OVERRIDES, *self.grid, *overrides]
         return Attempt(self.config, everything, 2, output, spoil)
 
     def finish(self, name):
@@ -51,6 +63,4 @@ class Disturbed:
 @pytest.fixture(scope="session")
 def disturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    made = Disturbed(write_tiny_run(folder), folder)
-    assert made.attempt("undisturbed").join() == [0, 0], made.said("undisturbed")
-    return made
+    return Disturbed(write_tiny_run(folder), folder).begun()

@@ -1,5 +1,7 @@
 """One fault at a time: the run goes on as if there had been none, or says what is wrong and loses nothing."""
 
+import errno
+import json
 import math
 import multiprocessing
 import os
@@ -8,19 +10,23 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from functools import partial
 from itertools import count
 from unittest import mock
 
 import pytest
+import torch
 
 from skipmega import exit_codes
 from skipmega.checkpoint import store
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.checkpoint.tensors import _TensorWriter
+from skipmega.data import token_reader
 from skipmega.launch import run
+from skipmega.training import guard
 from skipmega.training.engine import TrainingEngine
-from skipmega.training.state import HostBuffers
+from skipmega.training.state import HostBuffers, hold
 from support.tiny_run import HALF, records
 
 
@@ -200,6 +206,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(disturbed, fil
     assert f"from {newest.with_name(f'step-{HALF - 1:08d}')}" in disturbed.said(name)
 
 
+def test_a_run_saved_in_the_first_format_is_continued(disturbed):
+    """Its manifest had sizes alone, its state knew neither attempts nor what has been counted since."""
+    assert disturbed.attempt("first", f"training.stop_after={HALF}").join() == [0, 0]
+    for newest in (disturbed.folder / "first" / "checkpoints").glob("step-*"):
+        files = json.loads((newest / "manifest.json").read_text())["files"]
+        state = json.loads((newest / "state.json").read_text())
+        known = {key: state[key] for key in ("step", "consumed_samples", "optimizer_updates", "versions")}
+        (newest / "state.json").write_text(json.dumps(known))
+        sizes = {name: (newest / name).stat().st_size for name in files}
+        (newest / "manifest.json").write_text(json.dumps({"files": sizes}))
+    shutil.rmtree(disturbed.folder / "first" / "attempts")
+    disturbed.finish("first")
+
+
 def test_if_every_checkpoint_is_damaged_the_run_does_not_begin_anew(disturbed):
     assert disturbed.attempt("lost", "training.stop_after=2").join() == [0, 0]
     for file in (disturbed.folder / "lost" / "checkpoints").glob("step-*/tensors/.metadata"):
@@ -250,16 +270,78 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(disturbed, small_dis
     disturbed.check("full-disk")
 
 
-def spoil_gradients(steps, rank):
-    """Of those steps (0-based), on rank 1 and before they are summed over ranks."""
-    sum_gradients, step = TrainingEngine._sum_gradients_of_cut_tokens, count()
+def fail_reads(times, rank):
+    """From the second micro-batch on, on rank 1."""
+    read, calls = os.preadv, count()
+
+    def failing(descriptor, buffers, offset):
+        if rank == 1 and 20 <= next(calls) < 20 + times:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, buffers, offset)
+
+    mock.patch.object(os, "preadv", failing).start()
+    mock.patch.object(token_reader, "_FIRST_PAUSE", 0.01).start()
+
+
+def test_data_that_cannot_be_read_for_a_while_leave_no_trace(disturbed):
+    assert disturbed.attempt("reads", spoil=partial(fail_reads, 3)).join() == [0, 0], disturbed.said("reads")
+    assert disturbed.said("reads").count("Input/output error; trying again in") == 3
+    disturbed.check("reads")
+
+
+def test_data_that_cannot_be_read_stop_the_run_and_keep_what_was_saved(disturbed):
+    attempt = disturbed.attempt("no-reads", spoil=partial(fail_reads, 10**9))
+    assert attempt.join()[1] == exit_codes.STOPPED_BY_FAULT, disturbed.said("no-reads")
+    assert re.search(
+        r"error: cannot read \d+ bytes of \S+/data\.bin at \d+: Input/output error, also after 4 more tries",
+        disturbed.said("no-reads"),
+    )
+    disturbed.finish("no-reads")
+
+
+def executions(steps, times):
+    """A list that is not empty while one of the first ``times`` executions of those steps (0-based) runs."""
+    accumulate, done, present = TrainingEngine.accumulate_gradients, Counter(), []
+
+    def accumulated(engine, batches, step, sums):
+        present[:] = [step] * (step in steps and done[step] < times)
+        done[step] += 1
+        accumulate(engine, batches, step, sums)
+
+    mock.patch.object(TrainingEngine, "accumulate_gradients", accumulated).start()
+    return present
+
+
+def spoil_gradients(steps, rank, times=2):
+    """Before they are summed over ranks, on rank 1."""
+    sum_gradients, present = TrainingEngine._sum_gradients_of_cut_tokens, executions(steps, times)
 
     def spoiled(engine):
-        if next(step) in steps and rank == 1:
+        if present and rank == 1:
             next(engine.stage.parameters()).grad.view(-1)[0] = math.nan
         sum_gradients(engine)
 
     mock.patch.object(TrainingEngine, "_sum_gradients_of_cut_tokens", spoiled).start()
+
+
+def raise_loss(steps, times, rank):
+    """As all ranks agree on it."""
+    agreed, present = guard.mean_loss, executions(steps, times)
+    mock.patch.object(guard, "mean_loss", lambda *sums: agreed(*sums) + 10 * bool(present)).start()
+
+
+def alarms(disturbed, name):
+    return [record["message"] for record in records(disturbed.folder / name, "alarm").values()]
+
+
+def test_a_gradient_that_is_not_finite_once_leaves_no_trace(disturbed):
+    attempt = disturbed.attempt("nan-once", spoil=partial(spoil_gradients, [3], times=1))
+    assert attempt.join() == [0, 0], disturbed.said("nan-once")
+    disturbed.check("nan-once")
+    (alarm,) = alarms(disturbed, "nan-once")
+    assert alarm.startswith("the gradients of step 4 are not finite (loss ")
+    assert alarm.endswith("not so when executed again, which counts: a transient fault")
+    assert Checkpoint.open(disturbed.folder / "nan-once").state["transient_faults"] == 1
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_updates_none(disturbed):
@@ -272,8 +354,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_updates_none(disturbed):
     assert [found[step]["loss"] for step in (1, 2, 3)] == [expected[step]["loss"] for step in (1, 2, 3)]
     state = Checkpoint.open(disturbed.folder / "nan").state
     assert (state["step"], state["optimizer_updates"], state["discarded_updates"]) == (8, 7, 1)
-    (alarm,) = records(disturbed.folder / "nan", "alarm").values()
-    assert alarm["message"] == "the gradients of step 4 are not finite: its update is discarded"
+    assert alarms(disturbed, "nan") == [
+        "the gradients of step 4 are not finite, also when executed again: its update is discarded"
+    ]
 
 
 def test_after_several_in_a_row_the_run_goes_on_from_the_last_good_state(disturbed):
@@ -294,6 +377,72 @@ def test_numbers_that_stay_out_of_range_stop_the_run(disturbed, steps, cause, sa
     name = f"nans-from-{steps[0]}"
     attempt = disturbed.attempt(name, "training.max_discarded=2", spoil=partial(spoil_gradients, steps))
     assert attempt.join() == [exit_codes.STOPPED_BY_FAULT] * 2, disturbed.said(name)
-    assert re.search(rf"error: the gradients of 2 steps in a row, .*{cause}", disturbed.said(name))
+    assert re.search(rf"error: 2 updates in a row were discarded, .*{cause}", disturbed.said(name))
     if saved:
         assert Checkpoint.open(disturbed.folder / name).state["step"] == saved
+
+
+SPIKES = "training.spike_window=4"
+
+
+def test_a_loss_that_stands_out_once_leaves_no_trace(disturbed):
+    attempt = disturbed.attempt("spike-once", SPIKES, spoil=partial(raise_loss, [5], 1))
+    assert attempt.join() == [0, 0], disturbed.said("spike-once")
+    disturbed.check("spike-once")
+    (alarm,) = alarms(disturbed, "spike-once")
+    assert re.match(
+        r"the loss of step 6, 1\d\.\d+, is a spike: more than \d\.\d+, .*: a transient fault", alarm
+    )
+
+
+def test_a_spike_that_stays_updates_nothing(disturbed):
+    attempt = disturbed.attempt("spike", SPIKES, spoil=partial(raise_loss, [5], 2))
+    assert attempt.join() == [0, 0], disturbed.said("spike")
+    found = records(disturbed.folder / "spike", "train")
+    assert list(found) == [1, 2, 3, 4, 5, 7, 8]
+    state = Checkpoint.open(disturbed.folder / "spike").state
+    assert (state["optimizer_updates"], state["discarded_updates"], state["transient_faults"]) == (7, 1, 0)
+    assert state["recent_losses"] == pytest.approx([found[step]["loss"] for step in (4, 5, 7, 8)])
+
+
+def test_spikes_in_a_row_bring_back_the_last_good_state(disturbed):
+    overrides = [SPIKES, "training.max_discarded=2"]
+    attempt = disturbed.attempt("spikes", *overrides, spoil=partial(raise_loss, [4, 5], 2))
+    assert attempt.join() == [0, 0], disturbed.said("spikes")
+    assert "going on from the state of" in disturbed.said("spikes")
+    assert list(records(disturbed.folder / "spikes", "train")) == [1, 2, 3, 4, 7, 8]
+
+
+def flip_weight(part, rank):
+    """A bit of one number on rank 1, while its fourth step is executed."""
+    kept, accumulate = [], TrainingEngine.accumulate_gradients
+
+    def flipped(engine, batches, step, sums):
+        accumulate(engine, batches, step, sums)
+        if step == 3 and not kept:
+            held = [hold(engine, parameter) for parameter in engine.stage.parameters()]
+            kept.append(next(getattr(each, part) for each in held if each.piece.numel()))
+            kept[0].detach().view(torch.int32).view(-1)[0] ^= 1 << 20
+
+    if rank == 1:
+        mock.patch.object(TrainingEngine, "accumulate_gradients", flipped).start()
+
+
+def test_a_drifted_copy_is_named_renewed_and_leaves_no_trace(disturbed):
+    every = "training.replica_interval=2"
+    attempt = disturbed.attempt("drift", every, spoil=partial(flip_weight, "copy"))
+    assert attempt.join() == [0, 0], disturbed.said("drift")
+    disturbed.check("drift")
+    (alarm,) = alarms(disturbed, "drift")
+    assert re.match(r"\S+ on rank 1 \(host \S+\): its copy is not its master's .*: a transient fault", alarm)
+
+
+def test_a_drifted_master_is_named_and_ends_the_run(disturbed):
+    every = "training.replica_interval=2"
+    attempt = disturbed.attempt("master", every, spoil=partial(flip_weight, "master"))
+    assert attempt.join() == [exit_codes.DRIFTED] * 2, disturbed.said("master")
+    assert re.search(
+        r"error: ranks differ at step 4: \S+ on rank 1 \(host \S+\): its fp32", disturbed.said("master")
+    )
+    assert Checkpoint.open(disturbed.folder / "master").state["step"] == 3
+    disturbed.finish("master")

@@ -8,6 +8,11 @@ import pytest
 
 from support.tiny_run import STEPS
 
+GRIDS = {
+    "TP2": ("parallel.tensor_parallel=2", "parallel.sequence_parallel=true"),
+    "PP2": ("parallel.pipeline_parallel=2", "parallel.chunks_per_stage=2"),
+    "zero3": ("parallel.zero_stage=3",),
+}
 VICTIMS = [(), (0,), (1,)]  # all, or one of them
 
 
@@ -38,9 +43,8 @@ def kill_at_random(disturbed, name, chance, tally):
     return True
 
 
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("kills", [5, pytest.param(110, marks=pytest.mark.faults)])
-def test_killed_processes(disturbed, kills):
+def kill_many(disturbed, kills):
+    """Until there have been so many; every run ends as if there had been none."""
     chance, tally = random.Random(kills), {"inside a save": 0, "elsewhere": 0}
     runs = count()
     while sum(tally.values()) < kills:
@@ -49,3 +53,16 @@ def test_killed_processes(disturbed, kills):
             pass
         disturbed.finish(name)
     print(f"{tally} in {next(runs)} runs")
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("kills", [5, pytest.param(110, marks=pytest.mark.faults)])
+def test_killed_processes(disturbed, kills):
+    kill_many(disturbed, kills)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_killed_processes_of_other_grids(disturbed, grid):
+    kill_many(disturbed.on(grid, *GRIDS[grid]), 8)

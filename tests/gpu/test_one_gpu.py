@@ -1,11 +1,15 @@
 """One GPU gives what the CPU gives; compiled gives what eager gives; bf16 stays near fp32."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from skipmega.kernels.attention import document_starts, packed_attention
 from support.steps import tiny_grid, train_tiny
-from support.worlds import run_world
+from support.worlds import ROOT, run_world
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,6 +38,10 @@ ROUTED = {
 def routed(name, compiled):
     routing = {**WIDE["routing"], **ROUTED[name]}
     return {**WIDE, "routing": routing, "training": {"compile": compiled}}
+
+
+# attention's own kernels, of which fp32 is exact
+TRITON = {**routed("quantile", True), "training": {"compile": True, "attention": "triton"}}
 
 
 def check_near(found, expected, tolerance):
@@ -90,6 +98,14 @@ def test_compiled_equals_eager(eager_and_compiled, name):
 
 
 @pytest.mark.timeout(400)
+def test_own_attention_trains_as_the_reference_does():
+    ((eager, compiled),) = run_world(train, 1, routed("quantile", False), TRITON, limit=280)
+    first = [{**run, "losses": run["losses"][:1], "norms": run["norms"][:1]} for run in (compiled, eager)]
+    check_near(*first, 1e-5)
+    torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.timeout(400)
 def test_bf16_stays_near_fp32(on_gpu):
     torch.testing.assert_close(on_gpu["bf16"]["losses"], on_gpu["fp32"]["losses"], rtol=1e-2, atol=0)
     torch.testing.assert_close(on_gpu["bf16"]["norms"], on_gpu["fp32"]["norms"], rtol=5e-2, atol=0)
@@ -119,3 +135,33 @@ def test_attention_back_ends_agree_in_forward_and_backward(with_documents, queri
     for reference, found in zip(*results, strict=True):
         error = (found - reference).norm() / reference.norm()
         assert error < 2e-3, f"relative error {error:.1e}"
+
+
+def test_the_doctor_reads_this_gpu(tmp_path):
+    """NVML itself answers, wherever there is a driver; and no kernel is what a GPU should not use."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"run_dir: {tmp_path}\nmodel: {{vocab_size: 512}}\ntraining: {{precision: bf16}}\n"
+        "data: {attend_across_documents: true}\n"
+    )
+
+    def ask_doctor(*overrides):
+        command = [sys.executable, "tools/doctor.py", config, *overrides]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    shown = ask_doctor()
+    print(shown)
+    for expected in (
+        r"^libraries: .*triton [\d.]+, CUDA [\d.]+, NCCL [\d.]+, NVIDIA",
+        r"^kernels: bf16, layers not compiled; attention: sdpa \((flash|cudnn)[^,]*, else (eff|cudnn)",
+        r"; adamw \(fused\), ZeRO 1$",
+        r"^GPU health: driver [\d.]+; \d+ °C, clocks held back by ",
+        r"uncorrected memory errors \d+ since the driver was loaded, \d+ ever; rows remapped \d+$",
+        r"^doctor: 1 processes are fit to train$",
+    ):
+        assert re.search(expected, shown, re.MULTILINE), f"{expected} is missing in\n{shown}"
+    (speed,) = re.findall(r"^matrix products: [\d.]+ to ([\d.]+) TFLOP/s$", shown, re.MULTILINE)
+    assert float(speed) > 50, "not a GPU's speed"
+    assert "layers compiled; attention: flex" in ask_doctor("training.compile=true")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
@@ -18,16 +19,19 @@ from skipmega.evaluation import (
     write_benchmark_tasks,
     write_continuation_task,
 )
+from skipmega.evaluation.suite import SUITES_DIR
 from skipmega.launch.environment import discover_process
 from support.tiny_run import STEPS, run_command, unseen_documents
 from support.worlds import ROOT, run_world
 
 BENCHMARKS = ROOT.parent / "shared" / "eval_data"
+BENCHMARKS_OF = {"triviaqa": "triviaqa_sm_sub", "lambada": "lambada_openai"}  # others have the task's name
+SUITE = ("triviaqa", "copa", "winogrande", "lambada")  # whose answers fit into a model of 64 tokens
 needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no benchmark files in {BENCHMARKS}")
 DIAL = {None: 0.5, 0.2: 0.2, 0.8: 0.8}  # densities asked for in evaluation, and what should come of them
 DIALLED = {"TP1": "quantile", "zero3": "gumbel"}  # whose checkpoints, and their routers
 TOKENS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
-GRIDS_OF_2 = {"TP2": (2, 1), "PP2": (1, 2)}
+GRIDS_OF_2 = {"DP2": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
 EVALUATED = "TP2"  # whose checkpoint every grid and the export evaluate
 
 WITHOUT_SKIPMEGA = """
@@ -64,7 +68,21 @@ def tasks(home: Path) -> list[str]:
     )  # fmt: skip
     if BENCHMARKS.is_dir():
         names += write_benchmark_tasks(BENCHMARKS, home / "tasks", ["boolq", "copa"])
+        names.append(str(write_suite(home)))
     return names
+
+
+def write_suite(home: Path) -> Path:
+    """Some tasks of the suite, generation among them; twelve questions of each in ``home/sets``."""
+    suite = yaml.safe_load((SUITES_DIR / "skiplayer24.yaml").read_text())
+    suite |= {"name": "suite", "tasks": {name: suite["tasks"][name] for name in SUITE}}
+    (home / "sets").mkdir()
+    for name in SUITE:
+        lines = (BENCHMARKS / f"{BENCHMARKS_OF.get(name, name)}.jsonl").read_text().split("\n")[:12]
+        (home / "sets" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    path = home / "suite.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +166,8 @@ def executed_shares(model: Any, tokens: Tensor) -> dict[int, float]:
 
 
 def settings(home: Path) -> dict[str, Any]:
-    return {"num_fewshot": 1, "include_paths": [home / "tasks"], "limit": 40}
+    sets = home / "sets" if BENCHMARKS.is_dir() else None
+    return {"num_fewshot": 1, "include_paths": [home / "tasks"], "data_dir": sets, "limit": 40}
 
 
 def scores(result: EvaluationResult) -> dict[tuple[str, str], float]:
@@ -200,8 +219,9 @@ def test_scores_do_not_depend_on_the_grid(grid: str, alone: dict[str, Any], cut:
 
 @needs_benchmarks
 def test_benchmarks_were_among_the_scores(alone: dict[str, Any]) -> None:
-    found = {task for task, metric in alone["export"] if metric == "acc_norm"}
-    assert found == {"unseen", "local_boolq", "local_copa"}
+    found = {task for task, _ in alone["export"]}
+    suite = {f"suite_{name}" for name in SUITE}
+    assert found == {"unseen", "unseen_bits", "local_boolq", "local_copa"} | suite
 
 
 def test_the_export_generates_without_skipmega(home: Path, alone: dict[str, Any]) -> None:

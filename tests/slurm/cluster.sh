@@ -8,7 +8,8 @@
 #   cluster.sh kill-node BASE nodeN                power off
 #   cluster.sh kill-slurmd BASE nodeN              the daemon dies, what it started lives on
 #   cluster.sh cut-node BASE nodeN                 pull the cable
-#   cluster.sh hide BASE nodeN FOLDER              the node sees an empty folder in its place, until it reboots
+#   cluster.sh hide BASE nodeN FOLDER              the node sees an empty folder of its own in its place
+#   cluster.sh show BASE nodeN FOLDER              and the shared one again
 #   cluster.sh repair BASE                         all nodes as they were; waits until they are idle
 #   cluster.sh reconfigure BASE GRACE PARAMETERS   GraceTime of the low partition, SlurmctldParameters
 #
@@ -133,6 +134,7 @@ MinJobAge=300
 UnkillableStepTimeout=30
 GresTypes=gpu
 PartitionName=low  Nodes=node[1-$NODES] Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=$1
+PartitionName=spot Nodes=node[1-$NODES] MaxTime=60 DefaultTime=10 PriorityTier=1 PreemptMode=CANCEL
 PartitionName=high Nodes=node[1-$NODES] MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 CONF
   for number in $(seq "$NODES"); do
@@ -240,6 +242,7 @@ case $verb in
   kill-slurmd) kill -9 "$(slurmd_of "$3")" ;;
   cut-node) inside ctl ip link set "v${3#node}" down ;;
   hide) inside "$3" mount -t tmpfs none "$4" ;;
+  show) inside "$3" umount "$4" ;;
   repair) repair ;;
   reconfigure) write_configuration "$3" "$4"; "$BASE/bin/scontrol" reconfigure ;;
   *) die "unknown verb $verb" ;;

@@ -1,16 +1,19 @@
 """A SLURM cluster of three nodes, started once, whose nodes tests may break."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from slurm_cluster import SCRIPT, Cluster
+from stand_in_runs import StandInRun, submit_stand_in
 from submitting import STEPS
 
 from support.tiny_run import write_tiny_run
@@ -94,3 +97,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path.write_text(yaml.safe_dump({"partition": "low", "python": sys.executable, "environment": variables}))
     return path
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The batch script's files, with the stand-in where pretrain.py is."""
+    root = tmp_path / "repository"
+    for name in ("skipmega", "tools", "pretrain"):
+        (root / name).mkdir(parents=True)
+    shutil.copytree(ROOT / "slurm", root / "slurm")
+    shutil.copy(Path(__file__).with_name("stand_in.py"), root / "pretrain" / "pretrain.py")
+    return root
+
+
+@pytest.fixture
+def start(cluster: Cluster, repository: Path, tmp_path: Path) -> Callable[..., StandInRun]:
+    """Submit a run of the stand-in: its name, its plan and what its job is to be."""
+
+    def submit(name: str, plan: dict[str, Any] | None = None, **wanted: Any) -> StandInRun:
+        folder = tmp_path / name
+        folder.mkdir()
+        values = {"steps": 30, "interval": 5, "exits": {}, **(plan or {})}
+        (folder / "plan.json").write_text(json.dumps(values))
+        return submit_stand_in(folder, repository, **wanted)
+
+    return submit

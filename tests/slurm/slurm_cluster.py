@@ -19,14 +19,16 @@ class Cluster:
         self.base = base
 
     def do(self, verb: str, *arguments: str) -> None:
-        """kill-node, kill-slurmd, cut-node, hide (each of a node), repair, reconfigure."""
+        """kill-node, kill-slurmd, cut-node, hide, show (each of a node), repair, reconfigure."""
         self._run("bash", str(SCRIPT), verb, str(self.base), *arguments)
 
     def command(self, *command: str) -> str:
         """Run one of SLURM's commands; returns what it printed."""
         return self._run(*command)
 
-    def wait(self, job: int, until: Callable[[dict[str, str]], bool], limit: float = 60) -> dict[str, str]:
+    def wait(
+        self, job: int | str, until: Callable[[dict[str, str]], bool], limit: float = 60
+    ) -> dict[str, str]:
         """Poll a job until the condition on scontrol's fields holds; a miss shows the controller's log."""
         end = time.monotonic() + limit
         while not until(shown := show_job(job)):
@@ -36,7 +38,7 @@ class Cluster:
             time.sleep(0.2)
         return shown
 
-    def wait_for_end(self, job: int, limit: float = 60) -> dict[str, str]:
+    def wait_for_end(self, job: int | str, limit: float = 60) -> dict[str, str]:
         """Poll a job until it neither runs nor comes back."""
         return self.wait(job, lambda shown: has_ended(shown["JobState"]), limit)
 

@@ -3,12 +3,14 @@ signals, stop file, fence and checkpoints, without torch. A step is a tenth of a
 before.
 
 ``plan.json`` in the run folder: ``steps``, ``interval`` of checkpoints, and ``exits``: by attempt the step
-after which the last task leaves, and its code. An attempt that is not named goes on to the end.
+after which the last task leaves, and its code. An attempt that is not named goes on to the end. In its place
+the variable ``PLANS`` may hold one for all runs, or one for each by the name of its folder.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -20,7 +22,8 @@ DONE, REQUEUE, FENCED = 0, 75, 76
 attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
 run = Path(yaml.safe_load(Path(sys.argv[1]).read_text())["run_dir"])
-plan = json.loads((run / "plan.json").read_text())
+plan = json.loads((run / "plan.json").read_text() if "PLANS" not in os.environ else os.environ["PLANS"])
+plan = plan.get(run.name, plan)
 asked: list[int] = []
 
 
@@ -31,6 +34,7 @@ def main() -> int:
     step, state = newest()
     if rank == 0:
         (run / "owner").write_text(str(attempt))
+        shutil.copy(sys.argv[1], run / "config.yaml")
     leave_at, code = plan["exits"].get(str(attempt), (None, DONE))
     while step < plan["steps"]:
         if step == leave_at:

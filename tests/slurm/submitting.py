@@ -1,10 +1,16 @@
 """Submitting training as a user does: the scripts of the repository, called as commands."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from skipmega.launch.cli import run_script
 from support.tiny_run import records
 from support.worlds import ROOT
 
@@ -20,6 +26,18 @@ def script(path: Path, *arguments: str, code: int = 0, **variables: str) -> str:
     )  # fmt: skip
     assert done.returncode == code, f"exit {done.returncode}:\n{done.stdout}"
     return done.stdout
+
+
+def refused_by_submit(*arguments: str) -> str:
+    """What submit.py says to arguments that it refuses; in this process, since its start takes seconds."""
+    main = runpy.run_path(str(ROOT / "slurm" / "submit.py"))["main"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(printed):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["submit.py", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            run_script(main)
+    return printed.getvalue()
 
 
 def submit(*arguments: str, code: int = 0, **variables: str) -> str:

@@ -3,122 +3,19 @@
 A stand-in trains (:mod:`stand_in`), so that the cluster is what takes the time.
 """
 
-import hashlib
-import json
-import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from slurm_cluster import Cluster
+from stand_in_runs import StandInRun, submit_stand_in
 
-from skipmega.config import RunConfig
-from skipmega.launch.slurm.jobs import Job, Submission, next_submission, render_job, submit_job
-from skipmega.launch.slurm.profile import Profile
-from skipmega.launch.slurm.status import ask_to_stop, read_events, read_status
-from support.worlds import ROOT
+from skipmega.launch.slurm.status import ask_to_stop, read_status
 
-STEPS = 30
+Start = Callable[..., StandInRun]
 
 
-@dataclass
-class Run:
-    """A submitted stand-in run."""
-
-    folder: Path
-    job: int
-    submission: Submission
-
-    @property
-    def events(self) -> list[str]:
-        return [event.kind for event in read_events(self.submission)]
-
-    @property
-    def exit_status(self) -> int:
-        return int((self.submission.path / "exit_status").read_text())
-
-    @property
-    def log(self) -> str:
-        return self.submission.log.read_text()
-
-    def wait_for_steps(self, count: int) -> None:
-        """Until a checkpoint of at least that step exists."""
-        end = time.monotonic() + 60
-        while not any(int(path.name[5:]) >= count for path in self.folder.glob("checkpoints/step-????????")):
-            assert time.monotonic() < end, self.log
-            time.sleep(0.1)
-
-    def wait_for_start(self) -> None:
-        """Until processes of the first attempt train."""
-        end = time.monotonic() + 60
-        while not (self.folder / "owner").exists():
-            assert time.monotonic() < end
-            time.sleep(0.1)
-
-    def wait_for_second_attempt(self, event: str) -> None:
-        """Until it starts; prints how long that took (`pytest -s`)."""
-        began = time.monotonic()
-        while self.events.count("start") < 2:
-            assert time.monotonic() < began + 120, self.log
-            time.sleep(0.1)
-        print(f"\nfrom {event} to the next attempt: {time.monotonic() - began:.0f} s")
-
-    def assert_complete(self) -> None:
-        """The last checkpoint is that of a run nobody disturbed."""
-        state = ""
-        for step in range(self.steps):
-            state = hashlib.sha256(f"{state} {step}".encode()).hexdigest()
-        assert (self.folder / "checkpoints" / f"step-{self.steps:08d}" / "state").read_text() == state, (
-            self.log
-        )
-        assert self.exit_status == 0
-
-    @property
-    def steps(self) -> int:
-        return int(json.loads((self.folder / "plan.json").read_text())["steps"])
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """The batch script's files, with the stand-in where pretrain.py is."""
-    root = tmp_path / "repository"
-    for name in ("skipmega", "tools", "pretrain"):
-        (root / name).mkdir(parents=True)
-    shutil.copytree(ROOT / "slurm", root / "slurm")
-    shutil.copy(Path(__file__).with_name("stand_in.py"), root / "pretrain" / "pretrain.py")
-    return root
-
-
-@pytest.fixture
-def start(cluster: Cluster, repository: Path, tmp_path: Path) -> Callable[..., Run]:
-    """Submit a run of the stand-in: its name, its plan and what its job is to be."""
-
-    def submit(name: str, plan: dict[str, Any] | None = None, **wanted: Any) -> Run:
-        folder = tmp_path / name
-        folder.mkdir()
-        values = {"steps": STEPS, "interval": 5, "exits": {}, **(plan or {})}
-        (folder / "plan.json").write_text(json.dumps(values))
-        return _submit(folder, repository, **wanted)
-
-    return submit
-
-
-def _submit(folder: Path, repository: Path, **wanted: Any) -> Run:
-    config = RunConfig(run_dir=str(folder))
-    site = Profile(python=sys.executable, gpu_option="none", partition="low")
-    job = Job(
-        **{"name": folder.name, "nodes": 2, "gpus_per_node": 2, "time": "10", "preflight": False, **wanted}
-    )
-    submission = next_submission(config)
-    script = render_job(config, job, site, submission, repository / "slurm")
-    return Run(folder, submit_job(config, job, script, submission, repository), submission)
-
-
-def test_what_ends_a_job_and_what_brings_it_back(cluster: Cluster, start: Callable[..., Run]) -> None:
+def test_what_ends_a_job_and_what_brings_it_back(cluster: Cluster, start: Start) -> None:
     """Every exit of a process, on as many jobs at once. A step without a checkpoint is no progress."""
     one = {"nodes": 1}
     done = start("done", **one)
@@ -155,11 +52,12 @@ def test_what_ends_a_job_and_what_brings_it_back(cluster: Cluster, start: Callab
     assert read_status(stalled.folder).state == "gave-up"
 
 
-def test_a_warning_saves_and_requeues(cluster: Cluster, start: Callable[..., Run], repository: Path) -> None:
+def test_a_warning_saves_and_requeues(cluster: Cluster, start: Start, repository: Path) -> None:
     """SLURM's signal to the batch shell, a requeue by hand, a person's wish to stop, a new submission."""
-    warned, stopped = start("warned", nodes=1), start("stopped", {"steps": 60}, nodes=1)
-    requeued = start("requeued", nodes=1)
-    for run in (warned, stopped, requeued):
+    warned, stopped, requeued = runs = [
+        start(name, {"steps": 80}, nodes=1) for name in ("warned", "stopped", "requeued")
+    ]
+    for run in runs:
         run.wait_for_steps(5)
     ask_to_stop(stopped.folder)
     cluster.command("scontrol", "requeue", str(requeued.job))
@@ -175,14 +73,14 @@ def test_a_warning_saves_and_requeues(cluster: Cluster, start: Callable[..., Run
 
     assert cluster.wait_for_end(stopped.job)["Restarts"] == "0", stopped.log
     assert stopped.events == ["start", "stopped"]
-    again = _submit(stopped.folder, repository, nodes=1)
+    again = submit_stand_in(stopped.folder, repository, nodes=1)
     assert again.submission.path.name == "002"
     cluster.wait_for_end(again.job)
     again.assert_complete()
     assert again.events == ["start", "done"]
 
 
-def test_the_time_limit(cluster: Cluster, start: Callable[..., Run]) -> None:
+def test_the_time_limit(cluster: Cluster, start: Start) -> None:
     """SLURM warns a job of a minute within its first half; it saves and continues in another attempt."""
     run = start("limited", {"steps": 400, "interval": 1000}, time="1", warning_seconds=60, nodes=1)
     ended = cluster.wait_for_end(run.job, 180)
@@ -204,7 +102,7 @@ def grace(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("grace", [0, 20], indirect=True)
-def test_preemption(cluster: Cluster, start: Callable[..., Run], grace: int) -> None:
+def test_preemption(cluster: Cluster, start: Start, grace: int) -> None:
     """A job of a higher partition takes the nodes; the run saves, and continues where it was."""
     run = start("preempted", {"interval": 1000, "steps": 100}, nodes=3)
     run.wait_for_start()
@@ -219,8 +117,33 @@ def test_preemption(cluster: Cluster, start: Callable[..., Run], grace: int) -> 
     assert last == "1 100"
 
 
+def test_what_is_cancelled_has_saved(cluster: Cluster, start: Start, repository: Path) -> None:
+    """By a person, and by SLURM for a job of a higher partition: gone, until it is submitted again."""
+    plan = {"interval": 1000, "steps": 60}
+    by_person = start("scancelled", plan, nodes=1)
+    by_slurm = start("preempted", plan, nodes=2, site={"partition": "spot"})
+    for run in (by_person, by_slurm):
+        run.wait_for_start()
+    cluster.command("scancel", str(by_person.job))
+    cluster.wait_for_end(by_person.job)
+    cluster.command("srun", "--partition=high", "--nodes=3", "--ntasks=3", "--exclusive", "true")
+    for run, state in ((by_person, "CANCELLED"), (by_slurm, "PREEMPTED")):
+        ended = cluster.wait_for_end(run.job)
+        assert (ended["JobState"], ended["Restarts"]) == (state, "0"), run.log
+        assert run.events == ["start", "left"], run.log
+        assert len((run.folder / "saves").read_text().splitlines()) == 1, "saved when it was told to go"
+        status = read_status(run.folder)
+        assert (status.state, status.is_live) == (state, False)
+        again = submit_stand_in(run.folder, repository, nodes=1)
+        cluster.wait_for_end(again.job)
+        again.assert_complete()
+        first, last = (run.folder / "saves").read_text().splitlines()
+        assert last == "0 60"
+        assert int(first.split()[1]) < 60
+
+
 @pytest.mark.parametrize("what", ["batch host", "another node", "slurmd of the batch host"])
-def test_a_node_that_dies(cluster: Cluster, start: Callable[..., Run], what: str) -> None:
+def test_a_node_that_dies(cluster: Cluster, start: Start, what: str) -> None:
     """Its job comes back on other nodes by itself. What a slurmd left alive notices that it is not wanted."""
     lives_on = what == "slurmd of the batch host"
     run = start("orphaned", {"steps": 400 if lives_on else 60})

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import torch
+
 from skipmega.config import load_config
 from skipmega.launch.cli import run_script
 from skipmega.parallel.process import ProcessInfo
@@ -104,6 +106,7 @@ def _train(
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True, write_through=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True, write_through=True)
     faulthandler.dump_traceback_later(limit, exit=True)
+    torch.set_num_threads(1)  # several wait for each other where cores are shared
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),

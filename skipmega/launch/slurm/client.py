@@ -53,6 +53,11 @@ def is_live(job: int | str) -> bool:
     return not has_ended(show_job(job).get("JobState"))
 
 
+def srun_takes(option: str) -> bool:
+    """Whether srun knows an option, a plugin's included."""
+    return option in _run(["srun", "--help"]).stdout
+
+
 def has_ended(state: str | None) -> bool:
     """Whether a job in this state is over; so is one that SLURM has forgotten (None)."""
     return state is None or state in _ENDED_STATES

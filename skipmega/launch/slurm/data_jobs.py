@@ -9,8 +9,8 @@ from pathlib import Path
 from skipmega.data.shards import shards_folder
 from skipmega.errors import LaunchError
 from skipmega.launch.slurm import client
-from skipmega.launch.slurm.jobs import render
 from skipmega.launch.slurm.profile import Profile
+from skipmega.launch.slurm.scripts import render
 
 RETRIES = 3
 

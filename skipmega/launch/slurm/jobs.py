@@ -1,16 +1,13 @@
-"""A pre-training job for SLURM: checked, written, snapshot and submitted, in that order."""
+"""A pre-training job for SLURM: checked, snapshot and submitted."""
 
 import json
-import os
-import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from skipmega.config import RunConfig, dump_config
 from skipmega.data.files import atomic_write, find_pairs
@@ -18,6 +15,7 @@ from skipmega.errors import ConfigError, LaunchError
 from skipmega.launch.estimate import GIB, Estimate, estimate
 from skipmega.launch.run_folder import RunFolder
 from skipmega.launch.slurm import client
+from skipmega.launch.slurm.containers import check_container
 from skipmega.launch.slurm.profile import Profile
 
 Launcher = Literal["srun", "torchrun", "mpirun"]
@@ -31,6 +29,8 @@ class Job:
     ``warning_seconds`` before the time limit SLURM's signal makes the run save and the job requeue itself. It
     gives up after ``max_failures`` failures, or ``max_stalled`` attempts in a row without a newer
     checkpoint. ``avoid_nodes``: nodes that the ``preflight`` names are excluded from the next attempt.
+    ``node_indices``: every attempt begins with sample indices on each node's own disk. Of an array's runs
+    ``at_once`` may run together.
     """
 
     name: str
@@ -40,12 +40,14 @@ class Job:
     launcher: Launcher = "srun"
     container: str | None = None
     after: int | None = None
+    at_once: int | None = None
     exclude: str | None = None
     warning_seconds: int = 300
     max_failures: int = 20
     max_stalled: int = 3
     preflight: bool = True
     avoid_nodes: bool = False
+    node_indices: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -60,15 +62,29 @@ class Submission:
 
     path: Path
 
+    def of_run(self, run: str) -> "Submission":
+        """Of one run of an array whose submission this is."""
+        return Submission(Path(run).absolute() / "slurm" / self.path.name)
+
     @property
     def config(self) -> Path:
         """The configuration that every attempt reads."""
         return self.path / "config.yaml"
 
     @property
+    def code(self) -> Path:
+        """The repository as it was."""
+        return self.path / "code"
+
+    @property
     def log(self) -> Path:
         """What all attempts print."""
         return self.path / "log"
+
+    @property
+    def runs(self) -> Path:
+        """Names of the folders of an array's runs, by task."""
+        return self.path / "runs.json"
 
     @property
     def job(self) -> dict[str, Any]:
@@ -86,7 +102,8 @@ def check_job(config: RunConfig, job: Job, profile: Profile) -> Estimate:
     """Refuse what cannot run on these nodes, before anything is written or queued; returns the estimate.
 
     Raises:
-        ConfigError: the grid does not fit the processes, the model not the memory, or a number cannot be.
+        ConfigError: the grid does not fit the processes, the model not the memory, or a number or a container
+            cannot be.
         CheckpointError: the run folder holds something else.
     """
     if job.nodes < 1 or job.gpus_per_node < 1:
@@ -105,6 +122,13 @@ def check_job(config: RunConfig, job: Job, profile: Profile) -> Estimate:
             f"site's GPUs have gpu_memory_gib={available:g}: more tensor or pipeline parallelism, a higher "
             "parallel.zero_stage, training.recompute or a smaller training.micro_batch_size"
         )
+    if job.node_indices and config.data.index_cache is None:
+        raise ConfigError(
+            "--node-indices needs data.index_cache, a folder on a node's own disk: without it all nodes "
+            "share the run's, and one process builds for all"
+        )
+    if job.container is not None:
+        check_container(job.container, job.launcher, profile)
     RunFolder(config).check()
     return cost
 
@@ -121,67 +145,23 @@ def parse_environment(items: Sequence[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items)
 
 
-def render_job(config: RunConfig, job: Job, profile: Profile, submission: Submission, templates: Path) -> str:
-    """The batch script's text."""
-    options = {
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "mem": profile.memory_per_node,
-        "cpus-per-task": profile.cpus_per_process,
-        "exclude": job.exclude,
-        "dependency": job.after and f"afterok:{job.after}",
-        "kill-on-invalid-dep": job.after and "yes",
-    }
-    return render(
-        "pretrain.sbatch.j2",
-        templates,
-        job=job,
-        profile=profile,
-        processes_per_node=job.gpus_per_node,
-        run_dir=str(Path(config.run_dir).absolute()),
-        submission=str(submission.path),
-        log=str(submission.log),
-        here=os.getcwd(),
-        sbatch_options=[(name, value) for name, value in options.items() if value],
-        environment={**profile.environment, **job.environment},
-        srun_processes=_srun(job, profile, job.gpus_per_node),
-        srun_nodes=_srun(job, profile, 1),
-        container=_apptainer(job, profile),
-    )
-
-
-def render(template: str, templates: Path, **values: Any) -> str:
-    """Fill in a template of the folder ``templates``; a name that it misses is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(templates),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["quote"] = shlex.quote
-    return environment.get_template(template).render(**values)
-
-
-def next_submission(config: RunConfig) -> Submission:
-    """Where the next submission of a run goes; nothing is written.
+def next_submission(folder: Path, runs: Sequence[str] = ()) -> Submission:
+    """Where the next submission of a run goes, or of an array whose runs have the folders ``runs``.
 
     Raises:
         LaunchError: a job of an earlier submission is still queued or running.
     """
-    run = Path(config.run_dir).absolute()
-    earlier = submissions(run)
-    for submission in earlier:
-        number = submission.job.get("job")
-        if number is not None and client.is_live(number):
-            raise LaunchError(
-                f"job {number} of run_dir={config.run_dir} is still in the queue: scancel {number} first, or "
-                "choose another run_dir"
-            )
-    last = int(earlier[-1].path.name) if earlier else 0
-    return Submission(run / "slurm" / f"{last + 1:03d}")
+    last = 0
+    for run in (folder, *map(Path, runs)):
+        for submission in submissions(run):
+            number = submission.job.get("job")
+            if number is not None and client.is_live(number):
+                raise LaunchError(
+                    f"job {number} of run_dir={run} is still in the queue: scancel {number} first, or "
+                    "choose another run_dir"
+                )
+            last = max(last, int(submission.path.name))
+    return Submission(folder / "slurm" / f"{last + 1:03d}")
 
 
 def submit_job(config: RunConfig, job: Job, script: str, submission: Submission, root: Path) -> int:
@@ -194,25 +174,45 @@ def submit_job(config: RunConfig, job: Job, script: str, submission: Submission,
         LaunchError: the run folder cannot be written, or SLURM refuses.
     """
     client.ask_whether_it_could_run(script)
-    try:
-        submission.path.mkdir(parents=True)
-        submission.config.write_text(dump_config(config))
-        (submission.path / "job.sbatch").write_text(script)
-        _snapshot(root, submission.path / "code")
-    except OSError as error:
-        raise LaunchError(
-            f"cannot write run_dir={config.run_dir} ({error.filename}: {error.strerror}), nothing was "
-            "queued: make it writable, or choose another run_dir"
-        ) from None
+    with writing(submission.path):
+        snapshot(root, submission, script)
+        write_config(submission, config)
     number = client.submit(script)
-    with atomic_write(submission.path / "job.json") as stream:
-        stream.write(json.dumps({"job": number, **_commit(root), **asdict(job)}, indent=2).encode())
+    record_job(submission, number, job, root)
     return number
 
 
-def _snapshot(root: Path, target: Path) -> None:
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say what to do where a folder cannot be written before its job is queued."""
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(
+            f"cannot write run_dir={folder.parents[1]} ({error.filename}: {error.strerror}), nothing was "
+            "queued: make it writable, or choose another run_dir"
+        ) from None
+
+
+def snapshot(root: Path, submission: Submission, script: str) -> None:
+    """Copy the repository's code into a new submission, and the script."""
+    submission.path.mkdir(parents=True)
+    (submission.path / "job.sbatch").write_text(script)
     for name in _SNAPSHOT:
-        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        unwanted = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(root / name, submission.code / name, ignore=unwanted)
+
+
+def write_config(submission: Submission, config: RunConfig) -> None:
+    """What every attempt reads."""
+    submission.path.mkdir(parents=True, exist_ok=True)
+    submission.config.write_text(dump_config(config))
+
+
+def record_job(submission: Submission, number: int | str, job: Job, root: Path) -> None:
+    """Write down which job it is, or which task of an array (``17_3``), and what was asked for."""
+    with atomic_write(submission.path / "job.json") as stream:
+        stream.write(json.dumps({"job": number, **_commit(root), **asdict(job)}, indent=2).encode())
 
 
 def _commit(root: Path) -> dict[str, str]:
@@ -223,29 +223,3 @@ def _commit(root: Path) -> dict[str, str]:
     except OSError:
         return {"commit": "unknown"}
     return {"commit": said.stdout.strip() or "unknown"}
-
-
-def _srun(job: Job, profile: Profile, tasks_per_node: int) -> str:
-    """The start of a command that runs that many tasks on every node, with all of the node's CPUs."""
-    options = [
-        f"--nodes={job.nodes}",
-        f"--ntasks={job.nodes * tasks_per_node}",
-        f"--ntasks-per-node={tasks_per_node}",
-    ]
-    if profile.cpus_per_process is not None:  # since SLURM 22.05 srun does not take it from the job
-        options.append(f"--cpus-per-task={profile.cpus_per_process * job.gpus_per_node // tasks_per_node}")
-    return shlex.join(["srun", *options, *profile.srun_options, *_pyxis(job, profile)])
-
-
-def _pyxis(job: Job, profile: Profile) -> list[str]:
-    if job.container is None or profile.containers != "pyxis":
-        return []
-    mounts = ",".join(profile.container_mounts)
-    return [f"--container-image={job.container}", *([f"--container-mounts={mounts}"] if mounts else [])]
-
-
-def _apptainer(job: Job, profile: Profile) -> str:
-    if job.container is None or profile.containers != "apptainer":
-        return "\\\n"
-    binds = [part for mount in profile.container_mounts for part in ("--bind", mount)]
-    return shlex.join(["apptainer", "exec", "--nv", *binds, job.container]) + " \\\n"

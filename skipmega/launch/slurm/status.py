@@ -35,7 +35,7 @@ class RunStatus:
     """
 
     submission: Submission
-    job: int
+    job: str
     state: str
     is_live: bool
     reason: str
@@ -63,6 +63,12 @@ class RunStatus:
         return "  ".join(parts)
 
 
+def runs_of(folder: Path) -> list[Path]:
+    """The runs of the last array that was submitted in a folder; the folder itself if it is a run."""
+    arrays = [submission.runs for submission in submissions(folder) if submission.runs.is_file()]
+    return [folder / name for name in json.loads(arrays[-1].read_text())] if arrays else [folder]
+
+
 def read_status(run: Path) -> RunStatus:
     """The state of a run's last submission that was queued.
 
@@ -73,7 +79,7 @@ def read_status(run: Path) -> RunStatus:
     if not queued:
         raise LaunchError(f"{run} was never submitted to SLURM: it has no folder slurm/NNN with a job.json")
     submission = queued[-1]
-    job = int(submission.job["job"])
+    job = str(submission.job["job"])
     shown, events = show_job(job), read_events(submission)
     state, reason = shown.get("JobState", "UNKNOWN"), shown.get("Reason", "None")
     is_live = not has_ended(shown.get("JobState"))

@@ -215,6 +215,16 @@ def test_the_grid_is_completed_with_the_number_of_replicas() -> None:
             6,
             ["parallel.zero_stage=3", "training.compile=true", "or training.compile=false"],
         ),
+        (
+            {"parallel": {"zero_stage": 3, "pipeline_parallel": 1}, "evaluation": {"interval": 5}},
+            6,
+            ["evaluation.interval=5", "parallel.zero_stage=3", "tools/evaluate.py"],
+        ),
+        (
+            {"evaluation": {"interval": 5}, "routing": {"dispatch": "balanced", "capacity_factor": None}},
+            6,
+            ["evaluation.interval=5", "routing.dispatch=balanced", "interval=0"],
+        ),
     ],
 )
 def test_what_does_not_fit_the_grid_is_refused(

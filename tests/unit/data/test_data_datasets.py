@@ -218,11 +218,26 @@ def test_what_rank_0_refuses_every_rank_raises(tmp_path: Path, counted: str, tok
     assert "nowhere.idx" in str(errors[0])
 
 
-def test_a_cache_that_is_not_shared_is_refused(tmp_path: Path, counted: str, tokenizer: Tokenizer) -> None:
-    errors = _in_world_of_two(
-        tmp_path, lambda rank: _build(_config(counted), tokenizer, tmp_path / f"node{rank}", valid=0)
+def test_a_cache_on_each_node_s_own_disk(
+    tmp_path: Path, counted: str, tokenizer: Tokenizer, write_pair: WritePair
+) -> None:
+    """Is refused, unless every index is in it; what else is in it does not matter."""
+    config = _config(counted, write_pair(tmp_path / "more", _documents(40, 300)), split=[80.0, 20.0])
+
+    def on_own_disk(rank: int) -> object:
+        return np.array(_tokens(_build(config, tokenizer, tmp_path / f"node{rank}"))).tolist()
+
+    _build(config, tokenizer, tmp_path / "node0", seed=4)
+    errors = _in_world_of_two(tmp_path, on_own_disk)
+    assert all(
+        "not visible on ranks [1], and theirs lacks indices: run tools/" in str(error) for error in errors
     )
-    assert all("is not visible on ranks [1]" in str(error) for error in errors)
+    alone = _tokens(_build(config, tokenizer, tmp_path / "node1"))
+    assert _in_world_of_two(tmp_path, on_own_disk) == [alone, alone]
+    largest = max((tmp_path / "node1").glob("*dataset_index.npy"))
+    largest.write_bytes(largest.read_bytes()[:-1])
+    errors = _in_world_of_two(tmp_path, on_own_disk)
+    assert all("lacks indices" in str(error) for error in errors)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -241,3 +256,29 @@ def test_a_file_that_is_cut_while_it_is_read(
         DataFaultError, match=r"cannot read \d+ bytes of .*counted\.bin at \d+: the file ends at 0"
     ):
         next(loader)
+
+
+def test_two_ranks_then_one_then_four_read_the_same_tokens(
+    tmp_path: Path, counted: str, tokenizer: Tokenizer
+) -> None:
+    """Eight samples a step, two steps on each number of data ranks."""
+
+    def read(first: int, steps: int, dp_size: int) -> torch.Tensor:
+        """Rows of all ranks in the order of the data, [samples, tokens, labels and document numbers]."""
+        samples = _build(_config(counted), tokenizer, tmp_path / "cache", train=48, valid=0).train
+        loaders = [
+            make_loader(
+                samples, consumed_samples=8 * first, total_samples=48, micro_batch_size=2, dp_rank=rank,
+                dp_size=dp_size, document_end=tokenizer.eod_id, num_workers=0, pin_memory=False,
+            )
+            for rank in range(dp_size)
+        ]  # fmt: skip
+        batches = [next(loader) for _ in range(8 * steps // (2 * dp_size)) for loader in loaders]
+        assert all(batch.document_ids is not None for batch in batches)
+        return torch.cat(
+            [torch.cat([b.sample_ids[:, None], b.tokens, b.labels, b.document_ids], 1) for b in batches]  # type: ignore[list-item]
+        )
+
+    moved = torch.cat([read(0, 2, 2), read(2, 2, 1), read(4, 2, 4)])
+    assert torch.equal(moved, read(0, 6, 1))
+    assert moved[:, 0].tolist() == list(range(48))

@@ -9,11 +9,22 @@ import pytest
 import torch
 
 
-class BigramModel:
+class Alone:
+    """The one copy of a model that reads texts whole."""
+
+    device = torch.device("cpu")
+    reads_on = False
+    replica = 0
+    replicas = 1
+
+    def exchange(self, found: Any) -> list[Any]:
+        return [found]
+
+
+class BigramModel(Alone):
     """Logits that depend on the current token alone, from a fixed random table."""
 
     vocab_size = 264
-    device = torch.device("cpu")
 
     def __init__(self, max_length: int = 64) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -21,10 +32,50 @@ class BigramModel:
         self.max_length = max_length
         self.batches: list[tuple[int, ...]] = []
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         assert tokens.shape[1] <= self.max_length
         self.batches.append(tuple(tokens.shape))
-        return self.table[tokens]
+        return self.table[tokens.gather(1, at)]
+
+
+class HistoryModel(BigramModel):
+    """Logits that depend on the whole text, order included, and may be read on from a digest of it."""
+
+    def __init__(self, max_length: int = 64, reads_on: bool = True) -> None:
+        super().__init__(max_length)
+        self.reads_on = reads_on
+
+    def logits(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        assert tokens.shape[1] <= self.max_length
+        self.batches.append(tuple(tokens.shape))
+        return self.table[self._digests(torch.zeros(len(tokens), dtype=torch.int64), tokens).gather(1, at)]
+
+    def new_cache(self, batch: int) -> "Digests":
+        return Digests([0] * batch)
+
+    def read(
+        self, cache: "Digests", tokens: torch.Tensor, counts: list[int], at: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.reads_on
+        self.batches.append(tuple(tokens.shape))
+        digests = self._digests(torch.tensor(cache.rows), tokens)
+        cache.rows = [int(row[count - 1]) for row, count in zip(digests, counts, strict=True)]
+        return self.table[digests.gather(1, at)]
+
+    def _digests(self, digest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        digests = []
+        for column in tokens.unbind(dim=1):
+            digest = (3 * digest + column + 1) % self.vocab_size
+            digests.append(digest)
+        return torch.stack(digests, dim=1)
+
+
+class Digests:
+    def __init__(self, rows: list[int]) -> None:
+        self.rows = rows
+
+    def take(self, rows: list[int]) -> "Digests":
+        return Digests([self.rows[row] for row in rows])
 
 
 class ByteTokenizer:
@@ -40,18 +91,17 @@ class ByteTokenizer:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
 
-class WrappedModel:
+class WrappedModel(Alone):
     """A Hugging Face causal model as a native one."""
-
-    device = torch.device("cpu")
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.max_length: int = model.config.max_position_embeddings
         self.vocab_size: int = model.config.vocab_size
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens).logits
+    def logits(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        logits = self.model(tokens).logits
+        return logits.gather(1, at.unsqueeze(2).expand(-1, -1, logits.shape[2]))
 
 
 class WrappedTokenizer:
@@ -72,6 +122,11 @@ class WrappedTokenizer:
 @pytest.fixture
 def make_bigram() -> Callable[..., BigramModel]:
     return BigramModel
+
+
+@pytest.fixture
+def make_history() -> Callable[..., HistoryModel]:
+    return HistoryModel
 
 
 @pytest.fixture

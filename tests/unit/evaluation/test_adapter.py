@@ -29,7 +29,8 @@ def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
 
 def direct_log_likelihood(model: Any, ids: list[int], first: int) -> float:
     """Sum of log p(ids[i] | ids[:i]) for i >= first, in double precision."""
-    logits = model.logits(torch.tensor([ids[:-1]]))[0].double()
+    places = torch.arange(len(ids) - 1).unsqueeze(0)
+    logits = model.logits(torch.tensor([ids[:-1]]), places)[0].double()
     log_probs = logits - logits.logsumexp(dim=-1, keepdim=True)
     return sum(float(log_probs[place - 1, ids[place]]) for place in range(first, len(ids)))
 
@@ -70,6 +71,7 @@ def test_long_context_is_cut_from_the_left(make_bigram, byte_tokenizer, caplog):
     )
     assert long == cut
     assert "1 of 2 requests lost their beginning" in caplog.text
+    assert adapter.truncated == 1
 
 
 def test_continuation_longer_than_the_model_is_refused(make_bigram, byte_tokenizer):

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from skipmega.errors import ConfigError
 from skipmega.kernels.attention import (
     BLOCK,
     AttentionBackend,
+    choose_attention,
     document_starts,
     packed_attention,
     packed_block_mask,
@@ -256,3 +258,17 @@ def test_the_mask_inside_partial_blocks_is_every_pair() -> None:
         for i in range(4)
     ]
     assert torch.equal(torch.tensor(pairs), brute_visibility(positions[0], documents[0], 200))
+
+
+def test_what_cannot_run_is_refused() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_attention("auto", cpu, True, 64) == "sdpa"
+    assert choose_attention("auto", gpu, True, 64) == "flex"
+    assert choose_attention("triton", gpu, False, 64) == "triton"
+    for arguments, message in (
+        (("triton", cpu, True, 64), "needs a GPU"),
+        (("triton", gpu, True, 80), "these have 80"),
+        (("flex", gpu, False, 64), "training.compile=true"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose_attention(*arguments)

@@ -9,8 +9,9 @@ import pytest
 from skipmega.config import RunConfig, load_config
 from skipmega.errors import ConfigError, LaunchError
 from skipmega.launch.slurm import client
-from skipmega.launch.slurm.jobs import Job, Submission, check_job, parse_environment, render_job, submit_job
+from skipmega.launch.slurm.jobs import Job, Submission, check_job, parse_environment, submit_job
 from skipmega.launch.slurm.profile import Profile, load_profile
+from skipmega.launch.slurm.scripts import render_job
 from skipmega.launch.slurm.status import read_events, read_status
 from support.worlds import ROOT
 
@@ -22,10 +23,7 @@ def job(**wanted: Any) -> Job:
 
 
 def render(wanted: Job, profile: Profile, folder: Path) -> str:
-    config = RunConfig(run_dir=str(folder / "it's a run"))
-    script = render_job(
-        config, wanted, profile, Submission(folder / "it's a run" / "slurm" / "001"), TEMPLATES
-    )
+    script = render_job(wanted, profile, Submission(folder / "it's a run" / "slurm" / "001"), TEMPLATES)
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr + script
     return script
@@ -63,15 +61,13 @@ def test_every_script_is_bash(tmp_path: Path, launcher: Any, containers: Any) ->
         assert f"#SBATCH {line}" in directives
     assert "export NCCL_SOCKET_IFNAME='ib 0'" in script
     assert """export WHO='it'"'"'s me'""" in script
-    image = (
-        "apptainer exec --nv --bind /data:/data image"
-        if containers == "apptainer"
-        else "--container-image=image"
-    )
-    if launcher == "mpirun" and containers == "pyxis":
-        image = "mpirun --map-by ppr:4:node -np 8"
-    assert image in script
-    if launcher != "mpirun":
+    if containers == "apptainer":
+        assert """apptainer exec --nv --bind /data:/data image "$PYTHON" """ in script
+    elif launcher != "mpirun":
+        assert "--container-image=image --container-mounts=/data:/data" in script
+    if launcher == "mpirun":
+        assert "mpirun --map-by ppr:4:node -np 8" in script
+    else:
         tasks = "--ntasks=8 --ntasks-per-node=4 --cpus-per-task=6"
         if launcher == "torchrun":
             tasks = "--ntasks=2 --ntasks-per-node=1 --cpus-per-task=24"
@@ -95,6 +91,19 @@ def test_what_the_site_does_not_say_is_not_asked_for(tmp_path: Path) -> None:
             {},
             {"gpu_memory_gib": 0.5},
             r"needs about [\d.]+ GiB, and the site's GPUs have gpu_memory_gib=0.5",
+        ),
+        ({}, {"container": "gone.sif"}, {"containers": "apptainer"}, "gone.sif cannot be seen from here"),
+        (
+            {},
+            {"container": "image", "launcher": "mpirun"},
+            {},
+            "--launcher mpirun would leave the container out: choose srun or torchrun, or",
+        ),
+        (
+            {},
+            {"node_indices": True},
+            {},
+            "--node-indices needs data.index_cache, a folder on a node's own disk",
         ),
         ({"data.tokenizer": "gone"}, {}, {}, "data.tokenizer=gone is no file that is visible here"),
         ({"data.train": "[{path: gone}]"}, {}, {}, "data set gone.idx is not there"),

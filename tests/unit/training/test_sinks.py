@@ -23,6 +23,7 @@ EVAL: dict[str, Any] = {
     "dropped": [0.0, 0.0],
 }  # fmt: skip
 START = {"kind": "start", "step": 0, "attempt": 1}
+TASKS = {"kind": "tasks", "step": 20, "own_copa/acc": 0.5, "own/understanding": 0.25, "missing": "own_cb"}
 ALARM = {"kind": "alarm", "step": 20, "message": "layer 3 is dead: 0.0% of the tokens chose it"}
 LISTS = ("dropped", "padded", "entropy", "group_imbalance", "rank_imbalance", "router_gradient")
 
@@ -51,6 +52,7 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
     [
         (START, "step 0: start of attempt 1"),
         (ALARM, "step 20: ALARM: layer 3 is dead: 0.0% of the tokens chose it"),
+        (TASKS, "step 20: own_copa/acc 0.5, own/understanding 0.25"),
         (EVAL, "step 20: held-out loss 3.5000  density 0.625 (0.50-0.75)"),
         (
             EVAL | {"source_loss": {"web": 3.25, "code": 1.5}},
@@ -65,6 +67,11 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
             TRAIN | {"mfu": 0.4567, "eta_seconds": 59.6, "density": [], "routed_layers": []},
             "step 20/100  loss 3.2500  norm 0.875  lr 1.50e-04  density 1.000 (1.00-1.00)  12,346 tok/s  "
             "1.25 of 2.5 TFLOP/s  MFU 45.7%  ETA 1:00",
+        ),
+        (
+            TRAIN | {"joules_per_token": 0.01234},
+            "step 20/100  loss 3.2500  norm 0.875  lr 1.50e-04  density 0.500 (0.40-0.60)  12,346 tok/s  "
+            "1.25 of 2.5 TFLOP/s  0.0123 J/token  ETA 1:02:03",
         ),
     ],
 )

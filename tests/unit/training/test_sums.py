@@ -12,7 +12,7 @@ from skipmega.config import ParallelConfig, RunConfig, build_config
 from skipmega.models.layer import RoutingRecord
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication, release_grid
 from skipmega.parallel.process import ProcessInfo
-from skipmega.training.sums import StepSums, average
+from skipmega.training.sums import StepSums, average, mean_loss
 from support.worlds import run_world
 
 
@@ -107,6 +107,20 @@ def test_nothing_seen_is_zero(grid: ParallelGrid) -> None:
     config = make_config()
     seen = average(StepSums.zeros(config, grid), config, grid)
     assert (seen.loss, seen.density, seen.fullest_rank) == (0.0, [0.0] * 4, [0.0] * 4)
+
+
+def test_a_copy_is_added_to_alone(grid: ParallelGrid) -> None:
+    sums, config = StepSums.zeros(make_config(), grid), make_config()
+    sums.add_routing(FIRST)
+    sums.loss, sums.tokens = torch.tensor(10.0), torch.tensor(5.0)
+    before = average(sums, config, grid)
+    added = sums.copy()
+    added.add_routing(FIRST)
+    added.loss += 3
+    added.tokens += 2
+    assert mean_loss(sums, added, grid) == 1.5
+    assert average(sums, config, grid) == before
+    assert average(added, config, grid).loss == 13 / 7
 
 
 def test_chunks_of_a_stage_are_counted_by_layer(grid: ParallelGrid) -> None:

@@ -1,0 +1,1 @@
+"""Suites that come with skipmega, and the scoring their tasks lack."""

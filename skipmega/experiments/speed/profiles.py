@@ -1,0 +1,101 @@
+"""Where the time of a layer goes, and which tiles suit attention's kernels."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from skipmega.experiments.speed.bench import Bench, precision, timed
+from skipmega.experiments.speed.layers import DENSE, own_stack
+
+PARTS = {
+    "matrix": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
+    "attention": ("flash", "fmha", "flex", "cudnn", "attention"),
+    "Triton, fused by the compiler": ("triton_",),
+}
+LINES = 40
+
+
+def profile_layers(bench: Bench, output: Path) -> str:
+    """Kernels of dense and routed stacks by time: a table in all, and each kernel in ``profile-*.txt``."""
+    output.mkdir(parents=True, exist_ok=True)
+    lines = ["| layers | ms a layer | " + " | ".join([*PARTS, "other", "kernels"]) + " |", "|---" * 7 + "|"]
+    rows = {"dense": DENSE, **{f"P={p}": [f"routing.density={p}"] for p in (0.5, 0.25, 0.125)}}
+    for name, overrides in rows.items():
+        config = bench.config(f"model.num_layers={bench.layers}", *overrides)
+        _, run = own_stack(config, bench.grid)
+        shape = (config.data.sequence_length, config.training.micro_batch_size, config.model.hidden_size)
+        hidden = torch.randn(shape, device=bench.grid.device, dtype=precision(config), requires_grad=True)
+
+        def once(
+            run: Callable[..., tuple[torch.Tensor, object]] = run, inputs: torch.Tensor = hidden
+        ) -> None:
+            run(inputs)[0].sum().backward()
+
+        for _ in range(bench.warmup):
+            once()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            once()
+            if bench.grid.device.type == "cuda":
+                torch.cuda.synchronize()
+        kernels = seen.key_averages()
+        (output / f"profile-{name}.txt").write_text(
+            kernels.table(sort_by="self_device_time_total", row_limit=LINES, max_name_column_width=90)
+        )
+        times: dict[str, float] = defaultdict(float)
+        launched = 0
+        for event in kernels:
+            if event.device_type.name == "CUDA":
+                times[_part(event.key)] += event.self_device_time_total / 1e3 / bench.layers
+                launched += event.count
+        cells = [f"{times[part]:.2f}" for part in (*PARTS, "other")]
+        total = sum(times.values())
+        lines.append(
+            f"| {name} | {total:.2f} | " + " | ".join([*cells, f"{launched / bench.layers:.0f}"]) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _part(kernel: str) -> str:
+    """Attention first, since its kernels may be compiler-made too."""
+    name = kernel.lower()
+    for part in ("attention", "matrix", "Triton, fused by the compiler"):
+        if any(word in name for word in PARTS[part]):
+            return part
+    return "other"
+
+
+def sweep_tiles(bench: Bench) -> Iterator[str]:
+    """Lines that tell the time of attention's three kernels with each choice of tiles, the rest as tuned."""
+    from skipmega.kernels.attention_triton import TUNED, Tiles, Tuning, attend, attend_backward
+
+    config = bench.config()
+    model, device, length = config.model, bench.grid.device, config.data.sequence_length
+    batch, dtype = config.training.micro_batch_size, precision(config)
+    asked = length // 2
+    positions = torch.rand(length, batch, device=device).argsort(dim=0)[:asked].sort(dim=0).values
+    shapes = [(asked, model.num_attention_heads), *[(length, model.kv_heads)] * 2]
+    query, key, value = (
+        torch.randn(rows, batch, heads, model.head_size, device=device, dtype=dtype) for rows, heads in shapes
+    )
+    out, logsum = attend(query, key, value, positions, None)
+    for kernel in TUNED._fields:
+        of_rows = (32, 64) if kernel == "key_gradient" else (64, 128)
+        for rows, columns, warps, stages in product(of_rows, (64, 128), (4, 8), (2, 3)):
+            tuning = TUNED._replace(**{kernel: Tiles(rows, columns, warps, stages)})
+
+            def run(tuning: Tuning = tuning, forward: bool = kernel == "forward") -> None:
+                if forward:
+                    attend(query, key, value, positions, None, tuning)
+                else:
+                    attend_backward(out, query, key, value, positions, None, out, logsum, tuning)
+
+            try:
+                seconds = timed(run, bench)["seconds"]
+            except Exception as error:  # tiles that do not fit into a processor
+                yield f"{kernel} {rows}x{columns} {warps} warps {stages} stages: {type(error).__name__}"
+            else:
+                yield f"{kernel} {rows}x{columns} {warps} warps {stages} stages: {seconds * 1e3:.3f} ms"

@@ -1,0 +1,23 @@
+"""The grid of one process, for what is built of megatron-core's layers."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
+from skipmega.parallel.process import ProcessInfo
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[ParallelGrid]:
+    """Ended after the module, the launcher's variables that it sets taken back."""
+    before = dict(os.environ)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield create_grid(ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none"))
+    end_communication()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)

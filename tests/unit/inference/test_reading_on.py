@@ -1,0 +1,110 @@
+"""Reading on from cached keys and values gives what reading the whole text gives, whatever the routing."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skipmega.config import build_config
+from skipmega.inference.native import NativeModel
+from skipmega.models.decoder import DecoderStage
+from skipmega.parallel.grid import ParallelGrid
+from skipmega.routing.state import RoutingState
+
+VOCABULARY = 48
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "gumbel": {"router": "gumbel", "density": 0.3},
+    "quantile, groups": {"router": "quantile", "group_size": 8},
+    "sigmoid mlp": {"router": "sigmoid", "wrap": "mlp", "update_weight": "score"},
+    "raw attention": {"router": "quantile", "wrap": "attention", "router_input": "raw"},
+    "predictor": {"router": "topk", "stand_in": "predictor"},
+    "a coin": {"router": "random", "density": 0.4},
+    "highway": {"router": "highway"},
+    "dense": {"router": "always"},
+}
+
+
+def make_model(grid: ParallelGrid, routing: dict[str, Any]) -> NativeModel:
+    model = {
+        "num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "ffn_hidden_size": 24, "vocab_size": VOCABULARY, "init_std": 0.4,
+    }  # fmt: skip
+    values = {"model": model, "routing": routing, "data": {"sequence_length": 64}}
+    config = build_config(values, source="test")
+    torch.manual_seed(4)
+    stage = DecoderStage(config, grid)
+    state = RoutingState(config, stage.routed_layers, grid.device)
+    return NativeModel(config, grid, stage, state, 0)
+
+
+@pytest.fixture(scope="module", params=ROUTINGS)
+def model(request: pytest.FixtureRequest, grid: ParallelGrid) -> NativeModel:
+    return make_model(grid, ROUTINGS[request.param])
+
+
+def texts(lengths: list[int], seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def padded(parts: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=4))
+def test_texts_read_in_pieces_have_the_logits_of_whole_ones(
+    model: NativeModel, pieces: list[tuple[int, int, int]]
+) -> None:
+    """Rows of unequal length, padded anew in each piece."""
+    whole = texts([sum(row) for row in pieces])
+    cache, done = model.new_cache(len(pieces)), [0] * len(pieces)
+    for number in range(3):
+        counts = [row[number] for row in pieces]
+        parts = [text[at : at + count] for text, at, count in zip(whole, done, counts, strict=True)]
+        tokens = padded(parts)
+        at = torch.arange(tokens.shape[1]).expand(len(parts), -1)
+        found = model.read(cache, tokens, counts, at)
+        for row, (text, begin, count) in enumerate(zip(whole, done, counts, strict=True)):
+            expected = model.logits(text.unsqueeze(0))[0, begin : begin + count]
+            torch.testing.assert_close(found[row, :count], expected, rtol=0, atol=2e-5)
+        done = [begin + count for begin, count in zip(done, counts, strict=True)]
+    assert cache.lengths == [len(text) for text in whole]
+
+
+def test_rows_taken_several_times_go_their_own_ways(model: NativeModel) -> None:
+    stems, ends = texts([7, 4]), texts([3, 5, 1], seed=1)
+    cache = model.new_cache(2)
+    model.read(cache, padded(stems), [7, 4])
+    owners = [0, 0, 1]
+    taken = cache.take(owners)
+    found = model.read(taken, padded(ends), [3, 5, 1])
+    assert found.shape == (3, 1, VOCABULARY)
+    for row, (owner, end) in enumerate(zip(owners, ends, strict=True)):
+        expected = model.logits(torch.cat([stems[owner], end]).unsqueeze(0))[0, -1]
+        torch.testing.assert_close(found[row, 0], expected, rtol=0, atol=2e-5)
+    assert cache.lengths == [7, 4], "what was taken is a copy"
+    again = model.read(cache.take(owners), padded(ends), [3, 5, 1])
+    assert torch.equal(again, found)
+
+
+def test_one_token_at_a_time_beyond_the_room_that_is_kept(model: NativeModel) -> None:
+    (text,) = texts([150])
+    cache = model.new_cache(1)
+    model.read(cache, text[:10].unsqueeze(0), [10])
+    steps = [model.read(cache, token.view(1, 1), [1])[0, 0] for token in text[10:]]
+    expected = model.logits(text.unsqueeze(0))[0, 10:]
+    torch.testing.assert_close(torch.stack(steps), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "routing", [{"keys_values": "executed"}, {"eval_capacity_factor": 1.0, "group_size": 8}]
+)
+def test_what_depends_on_more_than_keys_and_values_does_not_read_on(
+    grid: ParallelGrid, routing: dict[str, Any]
+) -> None:
+    assert make_model(grid, {}).reads_on
+    assert not make_model(grid, routing).reads_on
