@@ -7,12 +7,12 @@ every rank raises, which is why no rank is left waiting.
 
 import math
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
@@ -25,21 +25,29 @@ from skipmega.config import DataConfig, DataSource
 from skipmega.data.batches import SampleSource
 from skipmega.data.files import atomic_write
 from skipmega.data.indexed import check_dataset
+from skipmega.data.mixture_plan import MixturePlan
+from skipmega.data.ranks import from_all_ranks, on_rank_0, rank
 from skipmega.data.token_reader import read_with_retries
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 
 _SMALLEST_SURPLUS = 0.005
 
-_Result = TypeVar("_Result")
-
 
 @dataclass(frozen=True)
 class RunDatasets:
-    """Training and held-out samples in the run's order; ``valid`` is None if none were asked for."""
+    """Training and held-out samples in the run's order; ``valid`` is None if none were asked for.
+
+    ``valid_sources`` are those of single sources, by name, where there are several; ``plan`` says what is
+    drawn of which source, ``fingerprint`` what the training samples are cut from. They are known of the order
+    ``stream`` only.
+    """
 
     train: SampleSource
     valid: SampleSource | None
+    valid_sources: Mapping[str, SampleSource] = field(default_factory=dict)
+    plan: MixturePlan | None = None
+    fingerprint: str | None = None
 
 
 def build_datasets(
@@ -71,7 +79,7 @@ def build_datasets(
     """
     parts = _plan_parts(config, num_train_samples, num_valid_samples)
     cache = Path(index_cache)
-    fingerprints = _on_rank_0(lambda: _check_parts(parts, config.sequence_length, tokenizer))
+    fingerprints = on_rank_0(lambda: _check_parts(parts, config.sequence_length, tokenizer))
     adapter = _MegatronTokenizer(tokenizer, fingerprints)
 
     def build(on_this_rank: bool) -> list[SampleSource]:
@@ -82,7 +90,7 @@ def build_datasets(
             ]
 
     if not _is_shared(cache):
-        _check_copies(cache, build(on_this_rank=_rank() == 0))
+        _check_copies(cache, build(on_this_rank=rank() == 0))
     built = build(on_this_rank=True)
     for part in built:
         read_with_retries(part, config.read_retries)
@@ -146,9 +154,9 @@ def _is_shared(cache: Path) -> bool:
             ) from None
         return name
 
-    marker = cache / _on_rank_0(leave_marker)
-    seen = _from_all_ranks(marker.exists())
-    if _rank() == 0:
+    marker = cache / on_rank_0(leave_marker)
+    seen = from_all_ranks(marker.exists())
+    if rank() == 0:
         marker.unlink()
     return all(seen)
 
@@ -161,9 +169,9 @@ def _check_copies(cache: Path, built: Sequence[Any]) -> None:
         paths = [path for part in parts for path in cache.glob(f"{part.unique_description_hash}-*")]
         return {path.name: path.stat().st_size for path in paths}
 
-    wanted = _on_rank_0(list_files)
+    wanted = on_rank_0(list_files)
     whole = all(_size(cache / name) == size for name, size in wanted.items())
-    lacking = [rank for rank, is_whole in enumerate(_from_all_ranks(whole)) if not is_whole]
+    lacking = [number for number, is_whole in enumerate(from_all_ranks(whole)) if not is_whole]
     if lacking:
         raise DataError(
             f"the index cache {cache} of rank 0 is not visible on ranks {lacking}, and theirs lacks indices: "
@@ -279,30 +287,3 @@ def _process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _from_all_ranks(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _on_rank_0(function: Callable[[], _Result]) -> _Result:
-    """``function()`` of rank 0, returned on every rank; so is the :class:`DataError` that it raised."""
-    outcome: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            outcome[0] = function()
-        except DataError as error:
-            outcome[1] = str(error)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise DataError(outcome[1])
-    return cast(_Result, outcome[0])

@@ -1,11 +1,14 @@
-"""Files that are either whole or absent under their final name."""
+"""Files that are either whole or absent under their final name, and what they are called."""
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from skipmega.errors import DataError
 
 
 @contextmanager
@@ -36,3 +39,19 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_pairs(path: str) -> list[str]:
+    """The pairs that a source's path stands for, without their endings, in the order of their names.
+
+    A path without ``*``, ``?`` and ``[`` is that of one pair, whether it exists or not.
+
+    Raises:
+        DataError: nothing fits a pattern.
+    """
+    if not glob.has_magic(path):
+        return [path]
+    found = sorted(str(Path(index).with_suffix("")) for index in glob.glob(f"{path}.idx"))
+    if not found:
+        raise DataError(f"no data set fits {path}: there is no {path}.idx")
+    return found

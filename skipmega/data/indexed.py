@@ -75,6 +75,73 @@ def check_dataset(prefix: str, tokenizer: Tokenizer) -> CheckedDataset:
     )
 
 
+@dataclass(frozen=True)
+class OpenedPair:
+    """A pair of which only sizes, header and manifest have been read, however large it is.
+
+    Attributes:
+        prefix: its path without the ending.
+        documents, tokens: how many it holds.
+        dtype: numpy's name of the type of a token.
+        sha256: of ``.idx`` and, with a manifest, of ``.bin``.
+    """
+
+    prefix: str
+    documents: int
+    tokens: int
+    dtype: str
+    sha256: str
+
+    def tokens_before(self, document: int) -> int:
+        """Tokens of the documents before ``document``, which may be ``documents``."""
+        if document == self.documents:
+            return self.tokens
+        return int(_Index.read(self.prefix).pointers[document]) // np.dtype(self.dtype).itemsize
+
+
+def open_dataset(prefix: str, tokenizer: Tokenizer) -> OpenedPair:
+    """Check that a pair fits its manifest and the run's tokenizer, by sizes alone.
+
+    A pair without a manifest is checked as :func:`check_dataset` does, all of it.
+
+    Raises:
+        DataError: as :func:`check_dataset`; what only the content shows, it does not see.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        checked = check_dataset(prefix, tokenizer)
+        dtype = np.dtype(_Index.read(prefix).dtype).name
+        return OpenedPair(prefix, len(checked.lengths), checked.tokens, dtype, checked.index_sha256)
+    _check_tokenizer(prefix, manifest, tokenizer)
+    for ending, record in (("bin", manifest.bin), ("idx", manifest.idx)):
+        _check_size(prefix, ending, record)
+    index = _Index.read(prefix)
+    found = (len(index.lengths), np.dtype(index.dtype).name)
+    if found != (manifest.documents, manifest.dtype):
+        raise DataError(
+            f"{index.path} describes {found[0]} documents of {found[1]} tokens, its manifest says "
+            f"{manifest.documents} of {manifest.dtype}: one of the two belongs to another data set"
+        )
+    if manifest.bin.bytes != manifest.tokens * np.dtype(index.dtype).itemsize:
+        raise DataError(
+            f"{manifest_path(prefix)} contradicts itself: {manifest.tokens} tokens of {manifest.dtype} are "
+            f"not {manifest.bin.bytes} bytes; prepare the data again"
+        )
+    sums = f"{manifest.idx.sha256} {manifest.bin.sha256}"
+    return OpenedPair(prefix, manifest.documents, manifest.tokens, manifest.dtype, sums)
+
+
+def document_places(prefix: str) -> tuple[Any, NDArray[np.int32], NDArray[np.int64]]:
+    """A token's type, and of each document its tokens and the byte where it begins, mapped from the ``.idx``.
+
+    Raises:
+        DataError: the ``.idx`` is missing or foreign, or does not describe the ``.bin``.
+    """
+    index = _Index.read(prefix)
+    index.check(Path(f"{prefix}.bin"))
+    return index.dtype, index.lengths, index.pointers
+
+
 def verify_checksums(prefix: str) -> Manifest:
     """Read a whole pair and compare it with the checksums of its manifest.
 

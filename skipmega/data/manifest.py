@@ -39,7 +39,8 @@ class Manifest(_Record):
 
     ``documents``, ``tokens`` (ends of documents included), ``text_bytes`` (UTF-8) and ``max_token_id``
     describe the pair; ``empty_documents`` and ``bad_records`` were skipped in ``sources``, which may also
-    have filled a second pair: ``part`` says which share of them this is.
+    have filled a second pair: ``part`` says which share of them this is. ``shuffle_seed`` is that of
+    its documents' order, None where that is the corpus's.
     """
 
     format: Literal[1] = 1
@@ -58,6 +59,7 @@ class Manifest(_Record):
     text_field: str
     sources: tuple[SourceRecord, ...]
     tokenizer: TokenizerRecord
+    shuffle_seed: int | None = None
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from packaging.specifiers import SpecifierSet
 
 from skipmega.config import RunConfig
+from skipmega.data.files import find_pairs
+from skipmega.errors import DataError
 from skipmega.launch.estimate import GIB, with_vocabulary
 from skipmega.launch.gpu_health import GpuHealth, read_health
 from skipmega.models.flops import count_parameters
@@ -157,7 +159,13 @@ def _locks() -> Iterator[str]:
 
 def _unseen(config: RunConfig) -> Iterator[str]:
     data = config.data
-    wanted = [f"{source.path}.{end}" for source in (*data.train, *data.valid) for end in ("bin", "idx")]
+    sources = (*data.train, *data.valid)
+    try:
+        pairs = [prefix for source in sources for prefix in find_pairs(source.path)]
+    except DataError as error:
+        yield str(error)
+        return
+    wanted = [f"{prefix}.{end}" for prefix in pairs for end in ("bin", "idx")]
     for path in (*([data.tokenizer] if data.tokenizer else []), *wanted):
         if not Path(path).is_file():
             yield f"{path} cannot be seen from here: is the shared folder mounted?"

@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import SampleSource, TokenBatch, make_loader
 from skipmega.data.datasets import RunDatasets, build_datasets
+from skipmega.data.ranks import on_rank_0
+from skipmega.data.streams import build_streams
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import CheckpointDamagedError, CheckpointError, ConfigError
 from skipmega.launch.backends import describe_kernels
@@ -28,7 +30,7 @@ from skipmega.models.stages import cut_stages, stage_costs
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
 from skipmega.parallel.process import ProcessInfo
 from skipmega.training.engine import TrainingEngine
-from skipmega.training.loop import Progress, TrainingLoop
+from skipmega.training.loop import HeldOut, Progress, TrainingLoop
 from skipmega.training.optimizers import updates_done
 from skipmega.training.sinks import Sink, open_sinks
 from skipmega.training.state import HostBuffers, collect_state, restore_state
@@ -64,11 +66,16 @@ def _pretrain(
 ) -> None:
     grid = create_grid(process, config.parallel)
     data = build_data(config, tokenizer)
+    on_rank_0(lambda: folder.check_data(data.fingerprint))
     engine = TrainingEngine(config, grid)
     attempt = claim(folder, grid)
     progress, origin = resume(engine, grid, folder)
+    if grid.rank == 0 and data.plan is not None:
+        print(data.plan)
     sinks = _start_records(engine, folder, progress, attempt, origin) if grid.rank == 0 else []
-    held_out = data.valid
+    if grid.rank == 0:
+        folder.record_data(data.fingerprint)
+    held_out = _held_out_readers(config, grid, data, tokenizer)
     live = LiveTasks(engine, tokenizer)
     with Watchdog(
         folder.heartbeats(attempt), grid.rank, grid.world_size, 60 * config.training.hang_minutes
@@ -77,9 +84,7 @@ def _pretrain(
             config,
             engine,
             train_batches=_train_batches(config, grid, data.train, tokenizer, progress.consumed_samples),
-            held_out=None
-            if held_out is None
-            else lambda: _held_out_batches(config, grid, held_out, tokenizer),
+            held_out=held_out,
             progress=progress,
             sinks=sinks,
             saver=RunSaver(engine, folder, attempt),
@@ -113,11 +118,19 @@ def resolve(config: RunConfig, world_size: int) -> tuple[RunConfig, Tokenizer]:
 def build_data(config: RunConfig, tokenizer: Tokenizer) -> RunDatasets:
     """The run's training and held-out samples; all processes call it together."""
     training = config.training
+    train, valid = (
+        training.steps * training.global_batch_size,
+        training.eval_sequences if training.eval_interval else 0,
+    )
+    if config.data.order == "stream":
+        return build_streams(
+            config.data, tokenizer, num_train_samples=train, num_valid_samples=valid, seed=training.seed
+        )
     return build_datasets(
         config.data,
         tokenizer,
-        num_train_samples=training.steps * training.global_batch_size,
-        num_valid_samples=training.eval_sequences if training.eval_interval else 0,
+        num_train_samples=train,
+        num_valid_samples=valid,
         seed=training.seed,
         index_cache=index_cache(config),
     )
@@ -261,10 +274,17 @@ def _train_batches(
     return _batches(config, grid, samples, tokenizer, consumed, total, config.data.num_workers)
 
 
-def _held_out_batches(
-    config: RunConfig, grid: ParallelGrid, samples: SampleSource, tokenizer: Tokenizer
-) -> Iterator[TokenBatch]:
-    return _batches(config, grid, samples, tokenizer, 0, config.training.eval_sequences, 0)
+def _held_out_readers(
+    config: RunConfig, grid: ParallelGrid, data: RunDatasets, tokenizer: Tokenizer
+) -> HeldOut | None:
+    """What reads the held-out samples, of all sources and of each; None where there are none."""
+
+    def reader(samples: SampleSource) -> Callable[[], Iterator[TokenBatch]]:
+        return lambda: _batches(config, grid, samples, tokenizer, 0, config.training.eval_sequences, 0)
+
+    if data.valid is None:
+        return None
+    return HeldOut(reader(data.valid), {name: reader(each) for name, each in data.valid_sources.items()})
 
 
 def _batches(

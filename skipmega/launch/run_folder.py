@@ -14,7 +14,8 @@ from typing import Any
 from skipmega.checkpoint.store import Checkpoint, CheckpointStore
 from skipmega.config import RunConfig, dump_config, load_config
 from skipmega.data.files import atomic_write
-from skipmega.errors import CheckpointError, RunFencedError
+from skipmega.data.left_out import LeftOut
+from skipmega.errors import CheckpointError, DataError, RunFencedError
 
 _ARCHITECTURE = (
     "routing.router",
@@ -28,7 +29,15 @@ _ARCHITECTURE = (
     "routing.stand_in",
     "optimizer.name",
 )
-_DATA = ("data.tokenizer", "data.train", "data.sequence_length", "training.seed")
+_DATA = (
+    "data.tokenizer",
+    "data.train",
+    "data.order",
+    "data.temperature",
+    "data.stages",
+    "data.sequence_length",
+    "training.seed",
+)
 
 
 class RunFolder:
@@ -47,6 +56,7 @@ class RunFolder:
         self.index_cache = self.path / "index_cache"
         self.stop_file = self.path / "stop"
         self._attempts = self.path / "attempts"
+        self._data = self.path / "data.sha256"
 
     def check(self) -> Checkpoint | None:
         """Find where to continue, reading no tensors and writing nothing.
@@ -77,6 +87,7 @@ class RunFolder:
             checkpoint = Checkpoint.open(resume)
         if checkpoint is not None:
             refuse_changes(checkpoint.config, self.config, _ARCHITECTURE, f"checkpoint {checkpoint.path}")
+            _refuse_moved_samples(checkpoint, self.config)
         return checkpoint
 
     def candidates(self) -> list[Checkpoint]:
@@ -120,6 +131,27 @@ class RunFolder:
                 f"attempt {attempt + 1} ({newer.read_text().strip()}) has taken over run_dir={self.path}; "
                 f"attempt {attempt} writes nothing more"
             )
+
+    def check_data(self, fingerprint: str | None) -> None:
+        """Refuse to continue with data other than the run's; None says nothing of them.
+
+        Raises:
+            DataError: the sources hold something else than when the run began.
+        """
+        if fingerprint is None or not self._data.exists():
+            return
+        if (found := self._data.read_text().strip()) != fingerprint:
+            raise DataError(
+                f"run_dir={self.path} began with other data: the SHA-256 of files and split is "
+                f"{fingerprint[:12]} now and was {found[:12]}: files were added, removed or replaced; put "
+                "back what was there, or choose another run_dir"
+            )
+
+    def record_data(self, fingerprint: str | None) -> None:
+        """Remember what the run's data are, for :meth:`check_data`."""
+        if fingerprint is not None:
+            with atomic_write(self._data) as stream:
+                stream.write(f"{fingerprint}\n".encode())
 
     def begin_records(self, step: int) -> None:
         """Save the configuration and drop records of steps beyond ``step``, which are done anew.
@@ -177,6 +209,23 @@ def refuse_changes(there: RunConfig, here: RunConfig, fields: tuple[str, ...], o
                 f"{owner} holds another run: {name} is {old!r} there and {new!r} here; choose another "
                 "run_dir, or set it back to continue that run"
             )
+
+
+def _refuse_moved_samples(checkpoint: Checkpoint, here: RunConfig) -> None:
+    """Refuse to leave out, or to take back, samples that the checkpoint's run is past: all that follow would
+    move, and some be lost or read twice."""
+    there, wanted = LeftOut(checkpoint.config.data.leave_out), LeftOut(here.data.leave_out)
+    if there.ranges == wanted.ranges:
+        return
+    consumed = checkpoint.state["consumed_samples"]
+    position = there.number(consumed - 1) + 1 if consumed else 0
+    if there.before(position) != wanted.before(position):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} has read the samples up to {position - 1}, and data.leave_out="
+            f"{here.data.leave_out} differs there from its {checkpoint.config.data.leave_out}: change only "
+            "what lies beyond, or resume from an earlier checkpoint (in a new run_dir, with "
+            "checkpoint.resume=PATH)"
+        )
 
 
 def _belongs(line: str, step: int) -> bool:

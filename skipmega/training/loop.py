@@ -1,6 +1,6 @@
 """The training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from skipmega.training.metrics import (
 from skipmega.training.schedule import learning_rate
 from skipmega.training.sinks import Sink
 from skipmega.training.stopping import Request, StopRequests
-from skipmega.training.sums import StepSums, average
+from skipmega.training.sums import Averages, StepSums, average
 
 
 class Saver(Protocol):
@@ -57,6 +57,15 @@ class Progress:
     recent_losses: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What makes held-out micro-batches from their beginning: of all sources in their shares, and of single
+    ones by name, where there are several."""
+
+    blend: Callable[[], Batches]
+    sources: Mapping[str, Callable[[], Batches]]
+
+
 class _GiveWay(Exception):  # noqa: N818 (nothing went wrong)
     """Somebody asked to stop during an evaluation."""
 
@@ -69,7 +78,7 @@ class TrainingLoop:
         config: the resolved configuration.
         engine: does the steps.
         train_batches: micro-batches of this data rank, continuing at ``progress``.
-        held_out: makes the held-out micro-batches from their beginning; None when there are none.
+        held_out: what to evaluate on; None when there is nothing.
         progress: where to start; advanced in place.
         sinks: where records go; empty on all processes but the first.
         saver: writes checkpoints of the present state.
@@ -89,7 +98,7 @@ class TrainingLoop:
         config: RunConfig,
         engine: TrainingEngine,
         train_batches: Batches,
-        held_out: Callable[[], Batches] | None,
+        held_out: HeldOut | None,
         progress: Progress,
         sinks: list[Sink],
         saver: Saver,
@@ -235,25 +244,32 @@ class TrainingLoop:
         self._went_back_to, self._discarded_in_a_row = checkpoint, 0
 
     def evaluate(self) -> None:
-        """Held-out loss and densities over ``training.eval_sequences`` sequences; owed if it is cut short."""
-        if self.held_out is None:
+        """Held-out loss and densities over ``training.eval_sequences`` sequences, and the loss over as many
+        of each source where there are several; owed if it is cut short."""
+        held_out = self.held_out
+        if held_out is None:
             return
-        training, grid = self.config.training, self.engine.grid
-        micro_batches = training.eval_sequences // (training.micro_batch_size * grid.data.size)
-        held_out = reported(self.held_out(), self.beat, self.progress.step, "evaluation, micro-batch")
 
         def measure() -> None:
             self.progress.owes_evaluation = True
             try:
-                seen = self.engine.evaluate(held_out, micro_batches, self.progress.step, self._give_way)
+                seen = self._evaluate_on(held_out.blend())
+                losses = {name: self._evaluate_on(make()).loss for name, make in held_out.sources.items()}
             except _GiveWay:
                 return
             self.progress.owes_evaluation = False
             routing = routing_numbers(self.config, seen)
-            self._write({"kind": "eval", "step": self.progress.step, "loss": seen.loss, **routing})
+            loss = {"loss": seen.loss, **({"source_loss": losses} if losses else {})}
+            self._write({"kind": "eval", "step": self.progress.step, **loss, **routing})
             self._alarm(self._held_out_alarms.check(seen))
 
         self._aside(measure)
+
+    def _evaluate_on(self, batches: Batches) -> Averages:
+        training, step = self.config.training, self.progress.step
+        micro_batches = training.eval_sequences // (training.micro_batch_size * self.engine.grid.data.size)
+        held_out = reported(batches, self.beat, step, "evaluation, micro-batch")
+        return self.engine.evaluate(held_out, micro_batches, step, self._give_way)
 
     def _record_tasks(self, ask: Callable[[int], dict[str, Any]]) -> None:
         self._write({"kind": "tasks", "step": self.progress.step, **ask(self.progress.step)})

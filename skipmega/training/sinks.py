@@ -57,8 +57,9 @@ class ConsoleSink:
 
 
 class TensorBoardSink:
-    """Scalars under ``kind/name``, densities under ``kind/density/layer``, and of other lists over layers the
-    mean and the extremes, so that the number of keys stays bounded."""
+    """Scalars under ``kind/name``, losses of sources under ``kind/source_loss/name``, densities under
+    ``kind/density/layer``, and of other lists over layers the mean and the extremes, so that the number of
+    keys stays bounded."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -123,6 +124,8 @@ def _scalars(record: Record) -> dict[str, float]:
     for name, value in record.items():
         if isinstance(value, int | float) and name != "step":
             scalars[f"{kind}/{name}"] = value
+        elif isinstance(value, dict):
+            scalars.update({f"{kind}/{name}/{key}": number for key, number in value.items()})
         elif name == "density" and isinstance(value, list):
             layers = record.get("routed_layers", range(len(value)))
             scalars.update({f"{kind}/density/{layer}": v for layer, v in zip(layers, value, strict=True)})
@@ -149,7 +152,8 @@ def _line(record: Record) -> str:
     density = record.get("density") or [1.0]
     shares = f"density {sum(density) / len(density):.3f} ({min(density):.2f}-{max(density):.2f})"
     if record["kind"] == "eval":
-        return f"step {step}: held-out loss {record['loss']:.4f}  {shares}"
+        sources = "".join(f"  {name} {loss:.4f}" for name, loss in record.get("source_loss", {}).items())
+        return f"step {step}: held-out loss {record['loss']:.4f}{sources}  {shares}"
     tflops = f"{record['executed_tflops']:.3g} of {record['dense_tflops']:.3g} TFLOP/s"
     mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
     joules = f"  {record['joules_per_token']:.3g} J/token" if "joules_per_token" in record else ""

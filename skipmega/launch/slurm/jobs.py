@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skipmega.config import RunConfig, dump_config
-from skipmega.data.files import atomic_write
+from skipmega.data.files import atomic_write, find_pairs
 from skipmega.errors import ConfigError, LaunchError
 from skipmega.launch.estimate import GIB, Estimate, estimate
 from skipmega.launch.run_folder import RunFolder
@@ -111,11 +111,10 @@ def check_job(config: RunConfig, job: Job, profile: Profile) -> Estimate:
     cost = estimate(config, job.processes, profile.mfu, profile.peak_tflops)
     if config.data.tokenizer is None or not Path(config.data.tokenizer).is_file():
         raise ConfigError(f"data.tokenizer={config.data.tokenizer} is no file that is visible here")
-    for source in (*config.data.train, *config.data.valid):
-        if not Path(f"{source.path}.idx").is_file():
-            raise ConfigError(
-                f"data set {source.path}.idx is not there: prepare it first, or mend data.train"
-            )
+    sources = (*config.data.train, *config.data.valid)
+    for prefix in (prefix for source in sources for prefix in find_pairs(source.path)):
+        if not Path(f"{prefix}.idx").is_file():
+            raise ConfigError(f"data set {prefix}.idx is not there: prepare it first, or mend data.train")
     available = profile.gpu_memory_gib
     if available is not None and cost.memory.total / GIB > available:
         raise ConfigError(

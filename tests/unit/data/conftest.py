@@ -33,7 +33,7 @@ def other_tokenizer(tmp_path_factory: pytest.TempPathFactory, source_texts: list
 WritePair = Callable[[Path, Sequence[Sequence[int]]], str]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_pair() -> WritePair:
     """Writes documents of token ids as a pair without a manifest, as foreign tools do."""
 

@@ -55,6 +55,10 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
         (TASKS, "step 20: own_copa/acc 0.5, own/understanding 0.25"),
         (EVAL, "step 20: held-out loss 3.5000  density 0.625 (0.50-0.75)"),
         (
+            EVAL | {"source_loss": {"web": 3.25, "code": 1.5}},
+            "step 20: held-out loss 3.5000  web 3.2500  code 1.5000  density 0.625 (0.50-0.75)",
+        ),
+        (
             TRAIN,
             "step 20/100  loss 3.2500  norm 0.875  lr 1.50e-04  density 0.500 (0.40-0.60)  12,346 tok/s  "
             "1.25 of 2.5 TFLOP/s  ETA 1:02:03",

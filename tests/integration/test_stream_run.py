@@ -1,0 +1,44 @@
+"""A real run of the order ``stream``: two sources, two stages, samples left out, stopped and resumed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.tiny_run import HALF, STEPS, pretrain_each, records
+from support.worlds import run_world
+
+
+@pytest.fixture(scope="module")
+def stream_config(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    values = yaml.safe_load(tiny_config.read_text())
+    data = Path(values["data"]["tokenizer"]).parent
+    values["data"] |= {
+        "order": "stream",
+        "train": [
+            {"path": f"{data}/data", "name": "a"},
+            {"path": f"{data}/data-v*", "name": "b", "weight": 0.2},
+        ],
+        "valid": [{"path": f"{data}/data-valid", "name": "c"}, {"path": f"{data}/data", "name": "d"}],
+        "stages": [{"from_tokens": 64 * 8 * 3, "weights": {"b": 1.0}}],
+        "leave_out": [[4, 9]],
+    }
+    path = tmp_path_factory.mktemp("stream") / "stream.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_stopped_on_one_rank_resumed_on_two(stream_config: Path, tmp_path: Path) -> None:
+    whole, cut = f"run_dir={tmp_path}/whole", f"run_dir={tmp_path}/cut"
+    run_world(pretrain_each, 1, stream_config, [[whole], [cut, f"training.stop_after={HALF}"]])
+    run_world(pretrain_each, 2, stream_config, [[cut, "training.micro_batch_size=2"]])
+    expected, found = (records(tmp_path / name, "train") for name in ("whole", "cut"))
+    assert list(expected) == list(found) == list(range(1, STEPS + 1))
+    for step, record in expected.items():
+        assert found[step]["loss"] == pytest.approx(record["loss"], rel=1e-5), step
+    for step, record in records(tmp_path / "whole", "eval").items():
+        assert set(record["source_loss"]) == {"c", "d"}
+        assert records(tmp_path / "cut", "eval")[step]["source_loss"] == pytest.approx(
+            record["source_loss"], rel=1e-5
+        )
+        assert record["loss"] == pytest.approx(sum(record["source_loss"].values()) / 2, rel=0.1)
