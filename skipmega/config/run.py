@@ -213,6 +213,8 @@ def check_consistency(config: RunConfig) -> None:
             "training.compile=true needs fixed shapes, and routing.capacity_factor=null (dropless) has none: "
             "set routing.capacity_factor (1.25, say), or training.compile=false"
         )
+    if training.cuda_graphs and not training.compile:
+        raise ConfigError("training.cuda_graphs=true captures compiled layers: set training.compile=true too")
     if training.stop_after is not None and training.stop_after > training.steps:
         raise ConfigError(
             f"training.stop_after={training.stop_after} lies beyond training.steps={training.steps}: "

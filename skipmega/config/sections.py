@@ -236,6 +236,10 @@ class TrainingConfig(Section):
     Between the two sums and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
 
     ``attention`` names what attends for packed queries, see :mod:`skipmega.kernels.attention`.
+
+    ``cuda_graphs`` launches the compiled layers of a micro-batch as one graph forward and one backward: for
+    layers that take longer to launch than to run. The memory of a micro-batch's activations and of one
+    gradient per parameter is then never given back.
     """
 
     steps: int = Field(1000, ge=1)
@@ -252,6 +256,7 @@ class TrainingConfig(Section):
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"
+    cuda_graphs: bool = False
     recompute: Literal["none", "attention", "mlp", "full"] = "none"
     seed: int = Field(1234, ge=0)
     eval_interval: int = Field(100, ge=0)

@@ -6,6 +6,7 @@ tensor-parallel rank.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core.enums import ModelType
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from skipmega.config import RunConfig
+from skipmega.models.graphs import LayerGraphs
 from skipmega.models.initialization import initialize
 from skipmega.models.layer import DecoderLayer, LayerContext, LayerResult, RoutingRecord
 from skipmega.models.norm import RMSNorm
@@ -134,6 +136,7 @@ class DecoderStage(nn.Module):
         if self.shares_embedding and not grid.is_first_stage:
             # DeepSpeed counts a parameter so marked once in the gradient norm
             self.embedding.weight.ds_pipe_replicated = True
+        self.graphs: dict[int, LayerGraphs] = {}
         self._compiled: dict[str, Callable[..., LayerResult]] = {}
         self._compiled_losses: Callable[..., Tensor] = self._losses
         initialize(self, config, grid.tensor)
@@ -173,6 +176,14 @@ class DecoderStage(nn.Module):
         if self.grid.tensor.size == 1:
             self._compiled_losses = torch.compile(self._losses, dynamic=False)
 
+    def use_graphs(self, sums: Mapping[nn.Parameter, Tensor]) -> None:
+        """Run the layers of each chunk as CUDA graphs in training, once the density has warmed up. Backward
+        adds the gradients of the layers' parameters to ``sums``, which stay where they are."""
+        for chunk in self.chunks:
+            run = partial(self._run_layers, chunk.layers)
+            layers = [self.layers[str(number)] for number in chunk.layers]
+            self.graphs[chunk.number] = LayerGraphs(run, layers, sums)
+
     def forward(
         self,
         tokens: Tensor,
@@ -195,12 +206,19 @@ class DecoderStage(nn.Module):
             assert chunk.received is not None
             hidden = chunk.received
         context = self._at_positions(context, tokens.shape[1], hidden.device)
+        if chunk.number in self.graphs and self.training and context.warmed == 1.0:
+            return StageOutput(*self.graphs[chunk.number](hidden, context, inputs))
+        return StageOutput(*self._run_layers(chunk.layers, hidden, context, inputs))
+
+    def _run_layers(
+        self, layers: range, hidden: Tensor, context: LayerContext, inputs: Mapping[int, RouterInputs]
+    ) -> tuple[Tensor, dict[int, RoutingRecord]]:
         records = {}
-        for number in chunk.layers:
+        for number in layers:
             hidden, record = self._run(str(number), hidden, inputs.get(number), context)
             if record is not None:
                 records[number] = record
-        return StageOutput(hidden=hidden, records=records)
+        return hidden, records
 
     def _at_positions(self, context: LayerContext, length: int, device: torch.device) -> LayerContext:
         if context.rotary is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
+from skipmega.errors import ConfigError
 from skipmega.kernels.attention import choose_attention, document_starts
 from skipmega.models.decoder import DecoderStage, StageChunk
 from skipmega.models.layer import LayerContext
@@ -56,6 +57,8 @@ class TrainingEngine:
         self._controllers = [DensityController(state, grid.tokens.mean) for state in self.routing]
         if config.training.compile:
             self.stage.compile_parts()
+        self._kept_sums = self._use_graphs() if config.training.cuda_graphs else {}
+        self._added_to = [parameter for parameter in self._added_to if parameter not in self._kept_sums]
 
     def train_step(
         self, batches: Iterator[TokenBatch], step: int, learning_rate: float, sums: StepSums
@@ -73,6 +76,9 @@ class TrainingEngine:
         self.stage.train()
         for parameter in self._added_to:
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        for parameter, total in self._kept_sums.items():
+            # an alias: DeepSpeed lets a gradient that it has reduced point elsewhere
+            parameter.grad = total.zero_().view_as(total)
         micro_batches = self.config.micro_batches
         with self._deepspeed.coalesce_grad_reduction():
             self._run(
@@ -164,6 +170,15 @@ class TrainingEngine:
                 parameter.grad_dtype = None
                 added.append(parameter)
         return added
+
+    def _use_graphs(self) -> dict[nn.Parameter, Tensor]:
+        """Have the stage's layers run as CUDA graphs; returns the sums of gradients that these add to."""
+        if self.grid.device.type != "cuda":
+            raise ConfigError("training.cuda_graphs=true needs a GPU, and this host has none: leave it out")
+        dtype = torch.float32 if sums_in_fp32(self.config) else None
+        sums = {p: torch.zeros_like(p, dtype=dtype) for p in self.stage.layers.parameters()}
+        self.stage.use_graphs(sums)
+        return sums
 
     def _run(
         self,

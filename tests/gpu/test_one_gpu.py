@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,13 +36,15 @@ ROUTED = {
 }  # fmt: skip
 
 
-def routed(name, compiled):
-    routing = {**WIDE["routing"], **ROUTED[name]}
-    return {**WIDE, "routing": routing, "training": {"compile": compiled}}
+WAYS = {"eager": {}, "compiled": {"compile": True}, "graphs": {"compile": True, "cuda_graphs": True}}
+
+
+def routed(name, training):
+    return {**WIDE, "routing": {**WIDE["routing"], **ROUTED[name]}, "training": training}
 
 
 # attention's own kernels, of which fp32 is exact
-TRITON = {**routed("quantile", True), "training": {"compile": True, "attention": "triton"}}
+TRITON = routed("quantile", {"compile": True, "attention": "triton"})
 
 
 def check_near(found, expected, tolerance):
@@ -64,11 +67,15 @@ def on_gpu():
 
 
 @pytest.fixture(scope="module")
-def eager_and_compiled():
-    """By variant; one world, since starting is what takes time."""
-    both = [routed(name, compiled) for name in ROUTED for compiled in (False, True)]
-    (results,) = run_world(train, 1, *both, limit=560)
-    return dict(zip(ROUTED, zip(results[::2], results[1::2], strict=True), strict=True))
+def each_way():
+    """By variant and way; all variants at once, since compiling is what takes time."""
+
+    def train_each(name):
+        (results,) = run_world(train, 1, *(routed(name, training) for training in WAYS.values()), limit=560)
+        return dict(zip(WAYS, results, strict=True))
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(ROUTED, pool.map(train_each, ROUTED), strict=True))
 
 
 @pytest.mark.timeout(400)
@@ -80,12 +87,12 @@ def test_gpu_equals_cpu(on_gpu):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ROUTED)
-def test_compiled_equals_eager(eager_and_compiled, name):
+def test_compiled_equals_eager(each_way, name):
     """Block-sparse attention against the reference, and every kind of routing, documents included.
 
     Strict for the first step; later ones may differ by a token whose score meets its threshold.
     """
-    eager, compiled = eager_and_compiled[name]
+    eager, compiled = each_way[name]["eager"], each_way[name]["compiled"]
     first = [{**run, "losses": run["losses"][:1], "norms": run["norms"][:1]} for run in (compiled, eager)]
     check_near(*first, 1e-5)
     torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=0)
@@ -97,9 +104,20 @@ def test_compiled_equals_eager(eager_and_compiled, name):
         torch.testing.assert_close(compiled["state"][tensor_name], tensor, rtol=1e-2, atol=4e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ROUTED)
+def test_graphs_equal_compiled(each_way, name):
+    """Several micro-batches a step, evaluations between, and a warm-up before the capture."""
+    compiled, graphs = each_way[name]["compiled"], each_way[name]["graphs"]
+    check_near(graphs, compiled, 1e-6)
+    for tensor_name, tensor in compiled["state"].items():
+        torch.testing.assert_close(graphs["state"][tensor_name], tensor, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.timeout(400)
 def test_own_attention_trains_as_the_reference_does():
-    ((eager, compiled),) = run_world(train, 1, routed("quantile", False), TRITON, limit=280)
+    ((eager, compiled),) = run_world(train, 1, routed("quantile", {}), TRITON, limit=280)
     first = [{**run, "losses": run["losses"][:1], "norms": run["norms"][:1]} for run in (compiled, eager)]
     check_near(*first, 1e-5)
     torch.testing.assert_close(compiled["losses"], eager["losses"], rtol=1e-3, atol=0)

@@ -24,11 +24,13 @@ TP2 bf16, TP2-SP bf16, PP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16, DP2-Z3 bf16
 """
 COMPILED = """
 DP2 dense, DP2 routed, PP2-V2 dense, PP2-V2 routed, TP2 dense, TP2 routed, TP2-SP dense, TP2-SP routed,
-CP2 dense, CP2 routed
+CP2 dense, CP2 routed, DP2 graphs, DP2-Z2 graphs, TP2 graphs, TP2-SP graphs, CP2 graphs,
+PP2 graphs, PP2-V2 graphs
 """
 WIDE = {"model": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
         "data": {"sequence_length": 256}, "training": {"compile": True}}  # fmt: skip
-ROUTERS = {"dense": {"router": "always"}, "routed": {"router": "gumbel", "group_size": 64}}
+GUMBEL = {"router": "gumbel", "group_size": 64}
+ROUTERS = {"dense": {"router": "always"}, "routed": GUMBEL, "graphs": GUMBEL}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,8 @@ def test_two_gpus_equal_one(name, one_gpu, two_gpus):
 
 
 def train_compiled(grid, parallel, router):
-    return train_tiny(grid, parallel, 2, {**WIDE, "routing": ROUTERS[router]})
+    training = {**WIDE["training"], "cuda_graphs": router == "graphs"}
+    return train_tiny(grid, parallel, 2, {**WIDE, "routing": ROUTERS[router], "training": training})
 
 
 def train_compiled_alone():
