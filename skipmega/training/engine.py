@@ -150,6 +150,7 @@ class TrainingEngine:
 
     def close(self) -> None:
         """Free the device: DeepSpeed's hooks keep an engine's tensors for as long as the process lives."""
+        self.stage.graphs.clear()
         self._deepspeed.destroy()
 
     def _sum_gradients_in_fp32(self) -> list[nn.Parameter]:
