@@ -37,6 +37,8 @@ class TrainingEngine:
     """A stage, its optimizer and DeepSpeed around them."""
 
     def __init__(self, config: RunConfig, grid: ParallelGrid) -> None:
+        if config.training.cuda_graphs and grid.device.type != "cuda":
+            raise ConfigError("training.cuda_graphs=true needs a GPU, and there is none: leave it out")
         self.config = config
         self.grid = grid
         self.attention = choose_attention(
@@ -174,8 +176,6 @@ class TrainingEngine:
 
     def _use_graphs(self) -> dict[nn.Parameter, Tensor]:
         """Have the stage's layers run as CUDA graphs; returns the sums of gradients that these add to."""
-        if self.grid.device.type != "cuda":
-            raise ConfigError("training.cuda_graphs=true needs a GPU, and this host has none: leave it out")
         dtype = torch.float32 if sums_in_fp32(self.config) else None
         sums = {p: torch.zeros_like(p, dtype=dtype) for p in self.stage.layers.parameters()}
         self.stage.use_graphs(sums)

@@ -1,0 +1,67 @@
+"""What needs no GPU of CUDA graphs: what goes in and out of them, and the parameters' stand-ins."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from skipmega.config import load_config
+from skipmega.errors import ConfigError
+from skipmega.models.graphs import LayerGraphs, _Inputs
+from skipmega.models.layer import LayerContext
+from skipmega.routing.router import RouterInputs
+from skipmega.training.engine import TrainingEngine
+
+HIDDEN = torch.randn(4, 2, 8)
+SINCE = torch.tensor([[0, 0, 2, 2], [0, 1, 1, 3]])
+
+
+def router_inputs(layer: int, noisy: bool) -> RouterInputs:
+    noise = torch.randn(4, 2) if noisy else None
+    return RouterInputs(torch.tensor(float(layer)), torch.tensor(0.5), noise)
+
+
+@pytest.mark.parametrize("since", [None, SINCE])
+@pytest.mark.parametrize("routed", [[], [1, 3]])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_layers_see_what_they_were_given(since: torch.Tensor | None, routed: list[int], noisy: bool) -> None:
+    inputs = {layer: router_inputs(layer, noisy) for layer in routed}
+    context = LayerContext(since, 1.0, positions=torch.arange(4))
+    hidden, restored, of_routers = _Inputs.of(HIDDEN, context, inputs).restored()
+    assert hidden is HIDDEN
+    assert restored == context
+    assert list(of_routers) == routed
+    for layer, given in inputs.items():
+        torch.testing.assert_close(of_routers[layer], given, rtol=0, atol=0)
+
+
+def test_no_gradient_reaches_the_parameters_while_others_stand_in() -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2)]
+    own = [dict(layer.named_parameters()) for layer in layers]
+    sums = {p: torch.zeros_like(p) for layer in layers for p in layer.parameters()}
+
+    def run(hidden, context, inputs):
+        raise AssertionError("nothing is captured here")
+
+    graphs = LayerGraphs(run, layers, sums)
+    with graphs._stand_ins() as stand_ins:
+        loss = layers[1](layers[0](HIDDEN)).square().sum()
+        gradients = torch.autograd.grad(loss, stand_ins)
+        assert all(p.grad is None and p not in sums for layer in layers for p in layer.parameters())
+        assert [p.data_ptr() for p in stand_ins] == [p.data_ptr() for p in sums]
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    for layer, parameters in zip(layers, own, strict=True):
+        assert all(p is parameters[name] for name, p in layer.named_parameters())
+
+
+def test_graphs_without_compiled_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.cuda_graphs=true.*set training\.compile=true"):
+        load_config(None, ["training.cuda_graphs=true"])
+
+
+def test_graphs_without_a_gpu_are_refused() -> None:
+    config = load_config(None, ["training.compile=true", "training.cuda_graphs=true"])
+    with pytest.raises(ConfigError, match=r"training\.cuda_graphs=true needs a GPU.*leave it out"):
+        TrainingEngine(config, cast(Any, SimpleNamespace(device=torch.device("cpu"))))
