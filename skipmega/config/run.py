@@ -286,8 +286,8 @@ def _check_zero(config: RunConfig) -> None:
     parallel, training = config.parallel, config.training
     if parallel.zero_stage == 0:
         raise ConfigError(
-            "parallel.zero_stage=0 is not supported: DeepSpeed's coalesced gradient reduction, which the "
-            "pipeline schedule runs in, needs ZeRO; use 1 (the same arithmetic, sharded optimizer states)"
+            "parallel.zero_stage=0 is not supported: the step is that of DeepSpeed's ZeRO optimizer; use 1 "
+            "(the same arithmetic, sharded optimizer states)"
         )
     if parallel.zero_stage != 3:
         return

@@ -85,7 +85,7 @@ class ParallelConfig(Section):
     that the dearest one is as cheap as can be.
 
     With ``zero_stage`` 1 and 2 data ranks share out the optimizer's states, with 3 the weights too; gradients
-    are whole until the end of a step with any.
+    are whole until the end of a step with any, so 1 and 2 are the same here.
     """
 
     tensor_parallel: int = Field(1, ge=1)
@@ -233,7 +233,6 @@ class TrainingConfig(Section):
     ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer in
     ``full``; decisions and gradients are the same. ``gradient_precision`` is that in which gradients of a
     bf16 run are summed over micro-batches and over data ranks: in bf16 what is small beside its sum is lost.
-    Between the two sums and after them DeepSpeed rounds to bf16, once each; with ZeRO 3 not at all.
 
     ``attention`` names what attends for packed queries, see :mod:`skipmega.kernels.attention`.
 

@@ -28,7 +28,8 @@ GIB = 2**30
 _MASTER = 4  # bytes of a weight's fp32 copy, and of each of its moments
 _EAGER_LOGIT = 12  # bytes in backward: log-probability, its gradient and the logit's, in fp32
 _EVALUATED_LOGIT = 8  # bytes: the logit in fp32 and its log-probability; evaluation is eager
-_BUCKET = 500_000_000  # elements that DeepSpeed sets aside for reducing gradients
+_NORMED = 8  # bytes of a gradient whose norm is taken, which DeepSpeed does in double precision, one by one
+_BUCKET = 500_000_000  # elements that ZeRO 3 sets aside for reducing gradients
 # weights that ZeRO 3 leaves gathered between forward and backward: those it needs again within 10^9
 _GATHERED = 500_000_000
 
@@ -38,7 +39,7 @@ class ProcessMemory:
     """Bytes on one process of pipeline stage ``stage`` (0-based), the stage that needs most.
 
     ``weights`` in the run's precision, ``gradients`` in theirs (ZeRO 2 saves none of the latter: a whole
-    step's pile up before they are reduced). ZeRO 3 leaves its share of both over data and context ranks,
+    step's pile up before ranks average them). ZeRO 3 leaves its share of both over data and context ranks,
     and weights that are gathered. ``optimizer``: fp32 weights and moments, its share
     over the same ranks. ``activations`` of the micro-batches in flight, as compiled (eager execution keeps up
     to half as much again, and masks), and ``logits`` with their gradients. ``update``: what reducing
@@ -180,17 +181,19 @@ def _stage_memory(config: RunConfig, stage: int) -> ProcessMemory:
     weights = _stage_parameters(config, stage)
     held = weights / replicas if parallel.zero_stage == 3 else weights
     gathered = min(weights, max(_largest_part(config, stage), _GATHERED)) if parallel.zero_stage == 3 else 0.0
-    # of Adafactor's moments nothing is left but rows and columns; its step holds directions beside gradients
     logits = _rows(config).entered * config.vocab_size / parallel.tensor_parallel if is_last else 0.0
+    # ZeRO 3, and gradients in bf16, are copied; Adafactor's step holds directions beside them
+    copies = (parallel.zero_stage == 3 or summed < _MASTER) + (not adamw)
     update = max(
-        _BUCKET * summed,
-        weights * (1 if adamw else 2) * _MASTER / replicas,
+        _BUCKET * summed if parallel.zero_stage == 3 else _largest_matrix(config, stage) * _NORMED,
+        weights * copies * _MASTER / replicas,
         logits * (_EVALUATED_LOGIT + (size if size < _MASTER else 0)),
     )
     return ProcessMemory(
         stage=stage,
         weights=(held + gathered) * size,
         gradients=held * summed,
+        # of Adafactor's moments nothing is left but rows and columns
         optimizer=weights * (3 if adamw else 1) * _MASTER / replicas,
         activations=_in_flight(config, stage) + _recomputed(config, stage),
         logits=logits * _logit_bytes(config),
@@ -222,8 +225,17 @@ def _table_parameters(config: RunConfig) -> float:
 def _largest_part(config: RunConfig, stage: int) -> float:
     """Weights of the largest layer, or table of embeddings."""
     layers = [_layer_parameters(config, layer) for layer in _layers_of(config, stage)]
-    has_table = stage in (0, config.parallel.pipeline_parallel - 1)
-    return max([*layers, _table_parameters(config) if has_table else 0.0])
+    return max([*layers, _tables(config, stage)])
+
+
+def _largest_matrix(config: RunConfig, stage: int) -> float:
+    largest = max(matrix_parameters(config)) / config.parallel.tensor_parallel
+    return max(largest, _tables(config, stage))
+
+
+def _tables(config: RunConfig, stage: int) -> float:
+    """Weights of a table of embeddings, or of the head, on a stage that has one."""
+    return _table_parameters(config) if stage in (0, config.parallel.pipeline_parallel - 1) else 0.0
 
 
 def _in_flight(config: RunConfig, stage: int) -> float:

@@ -5,10 +5,11 @@ are fixed (``routing.capacity_factor``), so one micro-batch's forward pass of al
 backward pass, which also adds the gradients up.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class LayerGraphs:
         self, run: RunLayers, layers: Iterable[nn.Module], sums: Mapping[nn.Parameter, Tensor]
     ) -> None:
         self._run = run
+        layers = list(layers)
+        self._counts = [len(list(layer.parameters())) for layer in layers]
         self._modules = [module for layer in layers for module in layer.modules()]
         self._parameters = [p for module in self._modules for p in module.parameters(recurse=False)]
         self._sums = [sums[parameter] for parameter in self._parameters]
@@ -79,16 +82,15 @@ class LayerGraphs:
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
                     outputs, _ = self._forward(given)
-                    _gradients(given, parameters, outputs, _zeros(outputs))
-                    del outputs
+                    _, *of_parameters = _gradients(given, parameters, outputs, _zeros(outputs))
+                    self._add(of_parameters, torch.zeros_like)
+                    del outputs, of_parameters
             with capture(forward):
                 outputs, records = self._forward(given)
             gradients = _zeros(outputs)
             with capture(backward, pool=forward.pool()):
                 of_hidden, *of_parameters = _gradients(given, parameters, outputs, gradients)
-                for total, gradient in zip(self._sums, of_parameters, strict=True):
-                    if gradient is not None:
-                        total.add_(gradient)
+                self._add(of_parameters)
         torch.cuda.current_stream().wait_stream(stream)
         return _Pair(
             forward,
@@ -104,6 +106,16 @@ class LayerGraphs:
         out, records = self._run(*given.restored())
         fields = _RECORDED if records else ()
         return [out, *(torch.stack([getattr(r, name) for r in records.values()]) for name in fields)], records
+
+    def _add(
+        self, gradients: Sequence[Tensor | None], to: Callable[[Tensor], Tensor] = lambda total: total
+    ) -> None:
+        """Add the gradients of all parameters to their sums, or ``to`` what is made of these; by layers, so
+        that layers of a kind are one program."""
+        each = iter(zip(self._sums, gradients, strict=True))
+        for count in self._counts:
+            taught = [(to(total), g) for total, g in islice(each, count) if g is not None]
+            _add_up([total for total, _ in taught], [g for _, g in taught])
 
     @contextmanager
     def _stand_ins(self) -> Iterator[list[nn.Parameter]]:
@@ -121,6 +133,13 @@ class LayerGraphs:
         finally:
             for (module, name), parameter in zip(names, self._parameters, strict=True):
                 setattr(module, name, parameter)
+
+
+@torch.compile(dynamic=False)
+def _add_up(totals: list[Tensor], gradients: list[Tensor]) -> None:
+    """In one pass each: torch's own kernel for two dtypes moves half as many bytes a second."""
+    for total, gradient in zip(totals, gradients, strict=True):
+        total.add_(gradient)
 
 
 def _zeros(outputs: list[Tensor]) -> list[Tensor | None]:

@@ -1,7 +1,7 @@
 """One training step: megatron-core's schedule over the stage inside DeepSpeed's gradient coalescing.
 
 The seam (verified against plain torch by the grid-parity tests): the schedule runs on the raw module,
-gradients pile up in ``param.grad`` over the micro-batches, what must be summed before ZeRO reduces is
+gradients pile up in ``param.grad`` over the micro-batches, what must be summed before data ranks average is
 summed, then one reduction, one optimizer step.
 """
 
@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
@@ -27,6 +27,7 @@ from skipmega.parallel.pipeline import attach_loss, run_micro_batches
 from skipmega.routing.control import DensityController
 from skipmega.routing.noise import NoiseKey
 from skipmega.routing.state import RoutingState, warmed_up
+from skipmega.training.gradients import GradientSums, collect_gradients, sums_in_fp32
 from skipmega.training.optimizers import build_optimizer, create_moments
 from skipmega.training.sums import Averages, StepSums, average
 
@@ -53,14 +54,14 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.stage: DecoderStage = self._deepspeed.module
-        self._added_to = self._sum_gradients_in_fp32()
+        self._gradients = collect_gradients(self._deepspeed, config, grid.replicas)
         create_moments(self.optimizer, self.stage, config, grid)
         self.routing = [RoutingState(config, chunk.routed_layers, grid.device) for chunk in self.stage.chunks]
         self._controllers = [DensityController(state, grid.tokens.mean) for state in self.routing]
         if config.training.compile:
             self.stage.compile_parts()
-        self._kept_sums = self._use_graphs() if config.training.cuda_graphs else {}
-        self._added_to = [parameter for parameter in self._added_to if parameter not in self._kept_sums]
+        if config.training.cuda_graphs and isinstance(self._gradients, GradientSums):
+            self.stage.use_graphs(self._gradients.sums)
 
     def train_step(
         self, batches: Iterator[TokenBatch], step: int, learning_rate: float, sums: StepSums
@@ -76,13 +77,8 @@ class TrainingEngine:
     def accumulate_gradients(self, batches: Iterator[TokenBatch], step: int, sums: StepSums) -> None:
         """Forward and backward of one step's micro-batches, and the reduction over data ranks."""
         self.stage.train()
-        for parameter in self._added_to:
-            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-        for parameter, total in self._kept_sums.items():
-            # an alias: DeepSpeed lets a gradient that it has reduced point elsewhere
-            parameter.grad = total.zero_().view_as(total)
         micro_batches = self.config.micro_batches
-        with self._deepspeed.coalesce_grad_reduction():
+        with self._gradients.of_step():
             self._run(
                 self._training_step(step, sums, micro_batches), batches, micro_batches, sums, backward=True
             )
@@ -154,32 +150,6 @@ class TrainingEngine:
         """Free the device: DeepSpeed's hooks keep an engine's tensors for as long as the process lives."""
         self.stage.graphs.clear()
         self._deepspeed.destroy()
-
-    def _sum_gradients_in_fp32(self) -> list[nn.Parameter]:
-        """Have autograd sum bf16 gradients in fp32; returns the parameters that need an fp32 gradient before
-        the first is added.
-
-        To that they are added in one pass; without, each is cast and then added. So it stays with ZeRO 3,
-        which keeps the sums itself, and for tied embeddings, whose two gradients would be added up in bf16.
-        """
-        if not sums_in_fp32(self.config):
-            return []
-        added = []
-        for name, parameter in self.stage.named_parameters():
-            tied = self.config.model.tie_embeddings and name == "embedding.weight"
-            if tied or self.config.parallel.zero_stage == 3:
-                parameter.grad_dtype = torch.float32
-            else:
-                parameter.grad_dtype = None
-                added.append(parameter)
-        return added
-
-    def _use_graphs(self) -> dict[nn.Parameter, Tensor]:
-        """Have the stage's layers run as CUDA graphs; returns the sums of gradients that these add to."""
-        dtype = torch.float32 if sums_in_fp32(self.config) else None
-        sums = {p: torch.zeros_like(p, dtype=dtype) for p in self.stage.layers.parameters()}
-        self.stage.use_graphs(sums)
-        return sums
 
     def _run(
         self,
@@ -281,16 +251,12 @@ class TrainingEngine:
             dist.all_reduce(grad, group=self.grid.embedding)
 
 
-def sums_in_fp32(config: RunConfig) -> bool:
-    """Whether gradients are wider than the bf16 weights they belong to."""
-    return config.training.precision == "bf16" and config.training.gradient_precision == "fp32"
-
-
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's settings; the pipeline schedule owns the micro-batches, so accumulation is one."""
     replicas = (config.parallel.data_parallel or 1) * config.parallel.context_parallel
     size = config.training.micro_batch_size
-    cuts_parameters = config.parallel.zero_stage == 3
+    # with ZeRO 1 and 2 gradients are no business of DeepSpeed's
+    widened = "fp32" if config.parallel.zero_stage == 3 and sums_in_fp32(config) else None
     return {
         "train_micro_batch_size_per_gpu": size,
         "train_batch_size": size * replicas,
@@ -299,8 +265,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_optimization": {"stage": config.parallel.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.training.precision == "bf16"},
-        "communication_data_type": "fp32" if sums_in_fp32(config) else None,
-        "data_types": {"grad_accum_dtype": "fp32" if sums_in_fp32(config) and cuts_parameters else None},
+        "communication_data_type": widened,
+        "data_types": {"grad_accum_dtype": widened},
         "steps_per_print": 2**31,
     }
 

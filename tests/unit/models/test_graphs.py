@@ -37,15 +37,16 @@ def test_layers_see_what_they_were_given(since: torch.Tensor | None, routed: lis
         torch.testing.assert_close(of_routers[layer], given, rtol=0, atol=0)
 
 
+def run_nothing(*arguments: Any) -> Any:
+    raise AssertionError("nothing is captured without a GPU")
+
+
 def test_no_gradient_reaches_the_parameters_while_others_stand_in() -> None:
     layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2)]
     own = [dict(layer.named_parameters()) for layer in layers]
     sums = {p: torch.zeros_like(p) for layer in layers for p in layer.parameters()}
 
-    def run(hidden, context, inputs):
-        raise AssertionError("nothing is captured here")
-
-    graphs = LayerGraphs(run, layers, sums)
+    graphs = LayerGraphs(run_nothing, layers, sums)
     with graphs._stand_ins() as stand_ins:
         loss = layers[1](layers[0](HIDDEN)).square().sum()
         gradients = torch.autograd.grad(loss, stand_ins)
@@ -54,6 +55,19 @@ def test_no_gradient_reaches_the_parameters_while_others_stand_in() -> None:
     assert all(gradient.abs().sum() > 0 for gradient in gradients)
     for layer, parameters in zip(layers, own, strict=True):
         assert all(p is parameters[name] for name, p in layer.named_parameters())
+
+
+def test_gradients_in_bf16_are_added_to_sums_in_fp32() -> None:
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2)]
+    sums = {p: torch.randn_like(p) for layer in layers for p in layer.parameters()}
+    before = [total.clone() for total in sums.values()]
+    gradients = [torch.randn_like(p).bfloat16() if p.shape != (8, 8) else None for p in sums]
+    graphs = LayerGraphs(run_nothing, layers, sums)
+    graphs._add(gradients, torch.zeros_like)
+    torch.testing.assert_close(list(sums.values()), before, rtol=0, atol=0, msg="rehearsed on others")
+    graphs._add(gradients)
+    for total, old, gradient in zip(sums.values(), before, gradients, strict=True):
+        torch.testing.assert_close(total, old if gradient is None else old + gradient.float())
 
 
 def test_graphs_without_compiled_layers_are_refused() -> None:
