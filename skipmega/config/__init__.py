@@ -1,8 +1,10 @@
 """Typed configuration: sections, the rules across them, YAML files and overrides."""
 
+from skipmega.config.consistency import check_consistency
+from skipmega.config.fit import resolve_grid
 from skipmega.config.loader import build_config, dump_config, load_config, parse_override
 from skipmega.config.routing import DensityRamp, RoutingConfig
-from skipmega.config.run import RunConfig, check_consistency, resolve_grid, resolve_vocabulary
+from skipmega.config.run import RunConfig, resolve_vocabulary
 from skipmega.config.sections import (
     CheckpointConfig,
     DataConfig,

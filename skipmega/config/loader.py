@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from skipmega.config.run import RunConfig, check_consistency
+from skipmega.config.consistency import check_consistency
+from skipmega.config.run import RunConfig
 from skipmega.errors import ConfigError
 
 

@@ -1,7 +1,5 @@
 """What memory a process is said to need: by hand, by what is really kept for backward, and as measured."""
 
-import os
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +28,7 @@ from skipmega.models.decoder import DecoderStage
 from skipmega.models.layer import LayerContext
 from skipmega.models.rotary import rotary_table
 from skipmega.models.stages import cut_stages
-from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication, release_grid
-from skipmega.parallel.process import ProcessInfo
+from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
 from skipmega.routing.noise import NoiseKey
 from skipmega.routing.state import RoutingState
 from support.worlds import run_world
@@ -166,15 +163,6 @@ def test_packed_rows_are_those_of_the_capacity() -> None:
     everything = routed(density=1.0)
     assert routed(density=0.5, density_warmup_steps=3) == everything, "at first everybody runs"
     assert routed(density=0.5, gradient="dense") <= everything
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[ParallelGrid]:
-    before = dict(os.environ)
-    yield create_grid(ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none"))
-    end_communication()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def kept_for_backward(config: RunConfig, grid: ParallelGrid) -> float:

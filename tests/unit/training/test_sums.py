@@ -1,7 +1,6 @@
 """Sums over micro-batches and their means, against numbers computed by hand."""
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,19 +9,10 @@ from torch import Tensor, nn
 
 from skipmega.config import ParallelConfig, RunConfig, build_config
 from skipmega.models.layer import RoutingRecord
-from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication, release_grid
+from skipmega.parallel.grid import ParallelGrid, create_grid, release_grid
 from skipmega.parallel.process import ProcessInfo
 from skipmega.training.sums import StepSums, average, mean_loss
 from support.worlds import run_world
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[ParallelGrid]:
-    before = dict(os.environ)
-    yield create_grid(ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none"))
-    end_communication()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def make_config(group_size: int | None = None) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The grid of one process, for what is built of megatron-core's layers."""
+"""The grid of one process, which everything built of megatron-core's layers asks for."""
 
 import os
 from collections.abc import Iterator
