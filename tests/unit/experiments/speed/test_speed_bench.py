@@ -18,7 +18,8 @@ BASE = Path("pretrain/configs/bench/speed_1b.yaml")
 TINY = [
     "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=8", "model.ffn_hidden_size=96",
     "model.vocab_size=128", "data.sequence_length=32", "training.micro_batch_size=2",
-    "training.global_batch_size=4", "training.compile=false", "training.precision=fp32",
+    "training.global_batch_size=4", "training.compile=false", "training.cuda_graphs=false",
+    "training.precision=fp32",
 ]  # fmt: skip
 
 
