@@ -59,4 +59,4 @@ def _measure(bench: Bench, overrides: list[str], length: int, density: float) ->
         def run(queries: torch.Tensor) -> torch.Tensor:
             return attend(queries, key, value, chosen, None, backend)
 
-    return time_backward(run, [key, value], query, bench)
+    return time_backward(run, [key, value], query, bench, config.training.cuda_graphs)

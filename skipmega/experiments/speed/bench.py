@@ -138,7 +138,11 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def time_backward(
-    run: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], hidden: Tensor, bench: Bench
+    run: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    hidden: Tensor,
+    bench: Bench,
+    captured: bool = False,
 ) -> dict[str, float]:
     """Seconds of ``run``, forward and backward, and the most memory that its forward adds.
 
@@ -147,15 +151,15 @@ def time_backward(
         parameters: whose gradients are made anew each time.
         hidden: an input that asks for its gradient.
         bench: the setting.
+        captured: run both passes as one CUDA graph.
     """
     upstream = torch.randn_like(hidden)
 
     def once() -> None:
-        run(hidden).backward(upstream)
-        for tensor in (*parameters, hidden):
-            tensor.grad = None
+        torch.autograd.grad(run(hidden), [hidden, *parameters], upstream, allow_unused=True)
 
-    measured = timed(once, bench)
+    measured: dict[str, float] = timed(_capture(once, bench) if captured else once, bench)
+    measured["captured"] = captured
     if bench.grid.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -163,6 +167,18 @@ def time_backward(
         measured["activation_bytes"] = torch.cuda.max_memory_allocated() - before
         del out
     return measured
+
+
+def _capture(once: Callable[[], Any], bench: Bench) -> Callable[[], Any]:
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(bench.warmup):
+            once()
+    with torch.cuda.graph(graph, stream=stream):
+        once()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay
 
 
 def precision(config: RunConfig) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ PEERS: dict[str, tuple[Maker, list[str]]] = {
 
 
 def _own(bench: Bench, overrides: Sequence[str], times: int = 1) -> dict[str, Any]:
-    """skipmega's layers, each a compiled program as in training."""
+    """skipmega's layers, each a compiled program, all of them one graph as in training."""
     config = bench.config(f"model.num_layers={times * bench.layers}", *overrides)
     device, length = bench.grid.device, config.data.sequence_length
     size, dtype = config.training.micro_batch_size, precision(config)
@@ -107,7 +107,8 @@ def _own(bench: Bench, overrides: Sequence[str], times: int = 1) -> dict[str, An
         executed[:] = shares
         return out
 
-    measured = time_backward(forward, list(layers.parameters()), hidden.requires_grad_(), bench)
+    captured = config.training.cuda_graphs
+    measured = time_backward(forward, list(layers.parameters()), hidden.requires_grad_(), bench, captured)
     shares = [float(share) for share in executed] or [1.0] * len(layers)
     per_token = sum(layer_flops(config, share) for share in shares)
     return {**measured, **_account(config, per_token), "executed": sum(shares) / len(shares)}
@@ -161,17 +162,23 @@ def _peer(bench: Bench, make: Maker, density: float, overrides: Sequence[str]) -
             inputs = layer(inputs)
         return inputs
 
-    measured = time_backward(forward, list(layers.parameters()), hidden.requires_grad_(), bench)
+    captured = config.training.cuda_graphs and not any(map(_waits_for_the_device, layers))
+    measured = time_backward(forward, list(layers.parameters()), hidden.requires_grad_(), bench, captured)
     per_token = bench.layers * layer_flops(config, density)
     return {**measured, **_account(config, per_token), "executed": density}
 
 
 def _compiled(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """As a whole, unless only parts of it can be."""
-    if not isinstance(layer, RandomTokens | OneExpert):
+    if not _waits_for_the_device(layer):
         return torch.compile(layer, dynamic=False)
     layer.compile_parts()
     return layer
+
+
+def _waits_for_the_device(layer: nn.Module) -> TypeGuard[RandomTokens | OneExpert]:
+    """Whether a peer reads numbers of tokens on the host, so that it is no single program, nor a graph."""
+    return isinstance(layer, RandomTokens | OneExpert)
 
 
 def attention_on(grid: ParallelGrid, config: RunConfig) -> AttentionBackend:
