@@ -35,8 +35,9 @@ def main() -> None:
             text_field=arguments.text_field,
             skip_bad=arguments.skip_bad,
         )
-    for line in (*findings["headlines"], *findings["warnings"]):
-        print(line)
+    layers, loss = len(findings["model"]["routed_layers"]), findings["mean_loss"]
+    print(f"{findings['mean_depth']:.2f} of {layers} routed layers and {loss:.3f} nats per token")
+    print(*findings["headlines"], *findings["warnings"], sep="\n")
     print(f"\nopen {output / PAGE}")
 
 

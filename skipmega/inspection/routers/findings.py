@@ -218,15 +218,12 @@ def _rank_correlations(
 
 
 def _headlines(findings: Findings) -> list[str]:
-    model, groups = findings["model"], findings["groupings"]["kind"]
-    layers, dense = len(model["routed_layers"]), model["num_layers"] - len(model["routed_layers"])
-    always = f"; {dense} more always run" if dense else ""
-    lines = [f"Tokens execute {findings['mean_depth']:.2f} of {layers} routed layers on average{always}."]
+    groups, lines = findings["groupings"]["kind"], []
     if len(groups) > 1:
         most, least = (choose(groups, key=lambda group: group["depth"]) for choose in (max, min))
         lines.append(
-            f"By kind, {most['label']} executes most ({most['depth']:.2f} layers), {least['label']} least "
-            f"({least['depth']:.2f})."
+            f"Layers per token, by kind: from {least['depth']:.2f} ({least['label']}) to {most['depth']:.2f} "
+            f"({most['label']})."
         )
     outside = [
         not low <= share <= high
@@ -247,7 +244,7 @@ def _headlines(findings: Findings) -> list[str]:
 def _warnings(subject: Subject, findings: Findings) -> list[str]:
     warnings = []
     knows_nothing = float(np.log(subject.vocab_size))
-    if findings["mean_loss"] is None or findings["mean_loss"] > knows_nothing:
+    if findings["mean_loss"] > knows_nothing:
         warnings.append(
             f"The mean loss, {findings['mean_loss']:.2f} nats, is above that of knowing nothing "
             f"({knows_nothing:.2f}): is this the model's own tokenizer, and the model trained?"

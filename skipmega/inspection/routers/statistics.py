@@ -57,13 +57,12 @@ def agreement(executed: Bools) -> tuple[Floats, Floats]:
     """
     ran = executed.astype(np.float64)
     tokens = executed.shape[1]
-    both = ran @ ran.T / tokens
+    both, neither = ran @ ran.T / tokens, (1 - ran) @ (1 - ran).T / tokens
     density = ran.mean(axis=1)
-    alike = 1 - density[:, None] - density[None, :] + 2 * both
     deviation = np.sqrt(density * (1 - density))
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation = (both - np.outer(density, density)) / np.outer(deviation, deviation)
-    return alike, correlation
+    return both + neither, correlation
 
 
 def quantile_bins(values: NDArray[np.generic], bins: int) -> NDArray[np.int64]:

@@ -160,7 +160,7 @@ def _of_export(folder: Path) -> Vocabulary:
         raise CheckpointError(f"export {folder} has no tokenizer: give its sentencepiece model (--tokenizer)")
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=True)
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     for special in tokenizer.all_special_ids:
         names[special] = ""

@@ -41,6 +41,7 @@ def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
 
     Raises:
         ConfigError: two of one name.
+        DataError: a path is missing.
     """
     named: dict[str, Path] = {}
     for argument in arguments:
@@ -51,6 +52,8 @@ def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(
                 f"two texts are called {name!r}, {named[name]} and {path}: name them, name=path"
             )
+        if not Path(path).exists():
+            raise DataError(f"text {path} does not exist")
         named[name] = Path(path)
     return named
 

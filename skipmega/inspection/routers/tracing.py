@@ -20,7 +20,7 @@ class Traces:
 
     ``executed`` is bool [routed layers, n]; the others are [n]: ``ids``; ``loss``, of predicting the next
     token (a document's last one predicts its end), and ``surprise``, of having been predicted, float32 in
-    nats; ``position`` in its sequence; ``document``, ``sequence`` and ``source``, counted from 0 over everything.
+    nats; ``position`` in its sequence; ``document``, ``sequence`` and ``source``, counted from 0.
     """
 
     ids: NDArray[np.int64]

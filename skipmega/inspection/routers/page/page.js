@@ -32,10 +32,10 @@ let theme;
 function readTheme() {
   const style = getComputedStyle(document.documentElement);
   const rgb = (name) => style.getPropertyValue(name).trim().match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
-  theme = Object.fromEntries(["paper", "much", "more", "fewer"].map((name) => [name, rgb(`--${name}`)]));
+  theme = Object.fromEntries(["paper", "some", "much", "more", "fewer"].map((name) => [name, rgb(`--${name}`)]));
 }
 const mix = (from, to, share) => from.map((part, i) => Math.round(part + (to[i] - part) * share));
-const fill = (share) => mix(theme.paper, theme.much, share);
+const fill = (share) => (share < 0.5 ? mix(theme.paper, theme.some, 2 * share) : mix(theme.some, theme.much, 2 * share - 1));
 const diverge = (value, most) => mix(theme.paper, value > 0 ? theme.more : theme.fewer, Math.min(1, Math.abs(value) / most));
 
 function luminance(rgb) {
@@ -74,26 +74,38 @@ function hideTip() {
 
 /* One tab stop for many items: arrow keys move among them, up and down to the nearest one a line away. */
 function explore(container, items, describe) {
-  const itemAt = (event) => items.indexOf(event.target.closest("[data-item]"));
-  const show = (at) => at >= 0 && showTip(items[at], describe(at));
   items.forEach((item, at) => { item.dataset.item = at; item.tabIndex = at ? -1 : 0; });
-  container.onpointerover = (event) => (itemAt(event) < 0 ? hideTip() : show(itemAt(event)));
-  container.onpointerleave = hideTip;
-  container.onfocusin = (event) => show(itemAt(event));
-  container.onfocusout = hideTip;
-  container.onclick = (event) => itemAt(event) >= 0 && move(items, itemAt(event));
-  container.onkeydown = (event) => {
+  if (!explored.has(container)) listen(container);
+  explored.set(container, { items, describe });
+}
+const explored = new Map();
+
+function listen(container) {
+  const itemAt = (event) => Number(event.target.closest("[data-item]")?.dataset.item ?? -1);
+  const show = (event) => {
+    const { items, describe } = explored.get(container);
     const at = itemAt(event);
-    const last = items.length - 1;
-    const to = {
-      ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: last,
-      ArrowUp: at < 0 ? 0 : lineAway(items, at, -1), ArrowDown: at < 0 ? 0 : lineAway(items, at, 1),
-    }[event.key];
-    if (event.key === "Escape") hideTip();
-    if (at < 0 || to === undefined) return;
-    event.preventDefault();
-    move(items, Math.max(0, Math.min(last, to)));
+    if (at < 0) hideTip();
+    else showTip(items[at], describe(at));
   };
+  const on = (name, act) => container.addEventListener(name, act);
+  on("pointerover", show);
+  on("focusin", show);
+  on("pointerleave", hideTip);
+  on("focusout", hideTip);
+  on("click", (event) => itemAt(event) >= 0 && move(explored.get(container).items, itemAt(event)));
+  on("keydown", (event) => {
+    const { items } = explored.get(container);
+    const at = itemAt(event);
+    if (event.key === "Escape") hideTip();
+    const steps = {
+      ArrowLeft: () => at - 1, ArrowRight: () => at + 1, Home: () => 0, End: () => items.length - 1,
+      ArrowUp: () => lineAway(items, at, -1), ArrowDown: () => lineAway(items, at, 1),
+    };
+    if (at < 0 || !(event.key in steps)) return;
+    event.preventDefault();
+    move(items, Math.max(0, Math.min(items.length - 1, steps[event.key]())));
+  });
 }
 function move(items, to) {
   items.forEach((item) => { item.tabIndex = -1; });
@@ -208,7 +220,7 @@ function drawGroups() {
       row.append(element("td", {}, fixed(group.depth)), element("td", { class: "plot" }, rangePlot(group.depth, null, group.random_depth, span)));
       body.append(row);
     }
-    const table = element("table", { "data-grouping": name }, headOf("", "tokens", ...layers.map(String), "layers per token", ""), body);
+    const table = element("table", { "data-grouping": name }, headOf("", "tokens", ...layers.map(String), "depth", ""), body);
     explore(table, [...table.querySelectorAll("td.cell")], (at) => [notes[at]]);
     byId("groups").append(element("div", {}, element("h3", {}, title), table));
   }
@@ -227,7 +239,7 @@ function densityCell(group, share, layer, notes) {
 }
 
 /* A dot with its interval over the band of a random gate. */
-function rangePlot(value, interval, band, [from, to], width = 130) {
+function rangePlot(value, interval, band, [from, to], width = 100) {
   const x = (at) => 5 + ((at - from) / (to - from || 1)) * (width - 10);
   const plot = element("svg", { width, height: 18, role: "img", "aria-label": `${fixed(value)}; random ${fixed(band[0])} to ${fixed(band[1])}` });
   plot.append(element("line", { class: "axis", x1: 0, x2: width, y1: 9, y2: 9 }));
