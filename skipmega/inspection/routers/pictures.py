@@ -93,7 +93,7 @@ def _depths(findings: Findings) -> Any:
         color=ACCENT,
         label="random gate",
     )
-    axes.set_xticks(depths)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("routed layers executed")
     axes.set_ylabel("share of tokens")
     tidy(axes)

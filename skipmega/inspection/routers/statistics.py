@@ -62,7 +62,7 @@ def agreement(executed: Bools) -> tuple[Floats, Floats]:
     deviation = np.sqrt(density * (1 - density))
     with np.errstate(invalid="ignore", divide="ignore"):
         correlation = (both - np.outer(density, density)) / np.outer(deviation, deviation)
-    return both + neither, correlation
+    return both + neither, correlation.clip(-1, 1)
 
 
 def quantile_bins(values: NDArray[np.generic], bins: int) -> NDArray[np.int64]:

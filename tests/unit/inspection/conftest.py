@@ -49,15 +49,19 @@ def inspected(digit_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A headless Chromium, driven by playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to look at pages with")
-    with playwright.sync_playwright() as started:
+    wanted = "REQUIRE_BROWSER" in os.environ
+    if not wanted:
+        pytest.importorskip(
+            "playwright", reason="no playwright to look at pages with: pip install playwright"
+        )
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
         own = started.chromium.executable_path  # there if it was ever downloaded
         path = own if Path(own).exists() else next(filter(None, map(shutil.which, BROWSERS)), None)
         if path is None:
             reason = f"no Chromium to look at pages with: {INSTALL}"
-            if os.environ.get("REQUIRE_BROWSER"):
-                pytest.fail(reason)
-            pytest.skip(reason)
+            (pytest.fail if wanted else pytest.skip)(reason)
         flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # for root its sandbox does not work
         launched = started.chromium.launch(executable_path=path, args=flags)
         yield launched

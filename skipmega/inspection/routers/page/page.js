@@ -172,11 +172,13 @@ function colourText() {
     tokens[i].dataset.executed = depth;
     paint(tokens[i], fill(single ? depth : depth / layers.length));
   });
-  const steps = single ? ["skipped", "executed"] : [...Array(layers.length + 1).keys()];
+  const every = Math.ceil(layers.length / 12);
+  const depths = [...Array(layers.length + 1).keys()].filter((depth) => depth % every === 0 || depth === layers.length);
+  const steps = single ? ["skipped", "executed"] : depths;
   const list = element("ol");
   steps.forEach((label, i) => {
     const step = element("li", {}, String(label));
-    paint(step, fill(i / (steps.length - 1)));
+    paint(step, fill(single ? i : label / layers.length));
     list.append(step);
   });
   const what = single ? `layer ${layers[chosen.layer]}` : "layers executed";
@@ -254,6 +256,7 @@ function drawDepth() {
   const most = Math.max(...share, ...random);
   const body = element("tbody");
   share.forEach((found, depth) => {
+    if (found < 0.0005 && random[depth] < 0.0005) return;
     const plot = element("svg", { width: 260, height: 18, role: "img", "aria-label": `${percent(found)}, random ${percent(random[depth])}` });
     plot.append(element("rect", { class: "bar", x: 1, y: 2, width: (255 * found) / most, height: 14 }));
     plot.append(element("rect", { class: "outline", x: 1, y: 2, width: (255 * random[depth]) / most, height: 14 }));
@@ -324,6 +327,7 @@ function recolour() {
 }
 
 readTheme();
+document.body.classList.toggle("dense", layers.length > 12);
 drawHeader();
 offer(byId("sources"), "source", texts.map((text, i) => [i, text.name]), drawText);
 offer(byId("layers"), "layer", [["all", "all"], ...layers.map((layer, i) => [i, String(layer)])], colourText);
