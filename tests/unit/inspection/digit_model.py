@@ -20,7 +20,8 @@ from skipmega.routing.state import RoutingState
 
 LENGTH = 24
 STEP = 7
-# what a page could trip over
+# what a page could trip over, in a source's name and in a text
+NOTES = "notes</script><b>"
 HOSTILE = "</script><script>document.title = 'broken'</script> <b>bold</b> &amp; \x07 Ünï → 文字 \t end\n"
 _DOCUMENTS = 12
 
@@ -90,8 +91,8 @@ def _write_texts(folder: Path) -> dict[str, Path]:
         f"In {1900 + 7 * i} there were {i * i} trees, of {i} kinds; so many trees.\n"
         for i in range(3 * _DOCUMENTS)
     ]
-    texts = {"years": folder / "years.jsonl", "notes": folder / "notes.txt"}
+    texts = {"years": folder / "years.jsonl", NOTES: folder / "notes.txt"}
     documents = ("".join(lines[at : at + 3]) for at in range(0, len(lines), 3))
     texts["years"].write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    texts["notes"].write_text(f"{HOSTILE}call_me(at, 42)\n{''.join(lines[:2])}", encoding="utf-8")
+    texts[NOTES].write_text(f"{HOSTILE}call_me(at, 42)\n{''.join(lines[:2])}", encoding="utf-8")
     return texts

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from digit_model import DigitModel
+from digit_model import NOTES, DigitModel
 from torch import Tensor
 
 from skipmega import exit_codes
@@ -38,7 +38,7 @@ def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_tool_inspects_a_run_folder_and_says_where(digit_model: DigitModel, tmp_path: Path) -> None:
     run, out = digit_model.checkpoint.parent, tmp_path / "new" / "folder"
-    done = inspect(run, "--text", f"years={digit_model.texts['years']}", "--text", digit_model.texts["notes"],
+    done = inspect(run, "--text", f"years={digit_model.texts['years']}", "--text", digit_model.texts[NOTES],
                    "--output", out, "--max-tokens", 150)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"open {out / 'index.html'}" in done.stdout
