@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["skipmega", "skipmega.*"]),
-    package_data={"skipmega": ["py.typed", "evaluation/suites/*", "inspection/routers/page/*"]},
+    package_data={"skipmega": ["py.typed", "evaluation/suites/*", "inspection/routers/html/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",

@@ -30,7 +30,7 @@ def build_page(findings: Findings, texts: list[dict[str, Any]]) -> str:
             character), ``document``, ``kind`` (index of KINDS), ``executed`` (0 or 1 for each routed layer),
             ``loss``, ``surprise`` and ``count``.
     """
-    folder = files("skipmega.inspection.routers") / "page"
+    folder = files("skipmega.inspection.routers") / "html"
     page, css, script = ((folder / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     data = {"findings": findings, "texts": texts, "kinds": KINDS, "words": _WORDS | RULES}
     # no "<" within the script element, which a text could otherwise end

@@ -94,13 +94,12 @@ def open_subject(
     try:
         native = NativeModel.load(checkpoint, grid, eval_density=eval_density)
         own = given or _of_checkpoint(checkpoint)
-        yield of_native(native, own, str(checkpoint.path), checkpoint.state["step"])
+        yield _of_native(native, own, str(checkpoint.path), checkpoint.state["step"])
     finally:
         end_communication()
 
 
-def of_native(model: NativeModel, vocabulary: Vocabulary, name: str, step: int | None) -> Subject:
-    """A loaded native model."""
+def _of_native(model: NativeModel, vocabulary: Vocabulary, name: str, step: int | None) -> Subject:
     return Subject(
         name=name,
         router=model.config.routing.router,

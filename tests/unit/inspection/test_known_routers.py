@@ -1,14 +1,17 @@
 """With routers that execute exactly the digits, or all but them, an inspection shows exactly that."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from digit_model import LENGTH, STEP, DigitModel
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from skipmega.data.readers import Corpus
 from skipmega.data.tokenizer import Tokenizer
@@ -112,8 +115,6 @@ def test_pieces_spell_what_was_encoded(vocabulary: Vocabulary, text: str) -> Non
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_losses_are_those_of_each_sequence_alone(digit_model: DigitModel, batch_size: int) -> None:
     """Whatever shares its batch; and a token's surprise is the loss of the one before it."""
-    import torch
-
     with open_subject(digit_model.export) as subject:
         traces = trace(subject, digit_model, batch_size)
         tokenizer = Tokenizer.load(digit_model.tokenizer)
@@ -131,6 +132,35 @@ def test_losses_are_those_of_each_sequence_alone(digit_model: DigitModel, batch_
             assert (traces.document[here] == number).all()
             assert traces.position[here].tolist() == [at % LENGTH for at in range(1, len(document) + 1)]
             begin += len(document)
+
+
+def test_coins_are_taken_for_coins(digit_model: DigitModel, tmp_path: Path) -> None:
+    """Of 20 densities that are chance one lies outside of its range, and depth follows nothing."""
+    generator = torch.Generator().manual_seed(3)
+    density = torch.linspace(0.1, 0.9, 24)
+
+    def toss(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        coins = torch.rand(24, *tokens.shape, generator=generator)
+        return -torch.rand(tokens.shape, generator=generator).log(), coins < density[:, None, None]
+
+    with open_subject(digit_model.export) as subject:
+        coins = replace(subject, trace=toss, routed_layers=list(range(24)), num_layers=24)
+        found = inspect_routers(
+            coins, digit_model.texts, tmp_path, max_tokens=10_000, shown_tokens=5, show_progress=False
+        )
+    outside = [
+        not low <= share <= high
+        for groups in found["groupings"].values()
+        for group in groups
+        for share, (low, high) in zip(group["density"], group["random"], strict=True)
+    ]
+    assert len(outside) > 1000
+    assert 0.01 < np.mean(outside) < 0.06
+    np.testing.assert_allclose(found["depth"]["share"], found["depth"]["random"], atol=0.03)
+    correlation = np.array(found["agreement"]["correlation"])[np.triu_indices(24, 1)]
+    assert 0.92 < np.mean(np.abs(correlation) < found["agreement"]["random_correlation"][1]) < 0.98
+    for entry in found["rank_correlation"]["with"].values():
+        assert entry["interval"][0] < 0 < entry["interval"][1]
 
 
 def test_figures_are_written(inspected: Path) -> None:

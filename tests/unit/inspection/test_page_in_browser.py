@@ -35,7 +35,9 @@ class Page:
         self.tip = tab.locator("#tooltip")
 
     def choose(self, name: str, label: str) -> None:
-        self.tab.locator(f"label:has(input[name={name}])", has_text=re.compile(f"^{re.escape(label)}$")).click()
+        self.tab.locator(
+            f"label:has(input[name={name}])", has_text=re.compile(f"^{re.escape(label)}$")
+        ).click()
 
     def executed(self) -> list[int]:
         found: list[str] = self.tokens.evaluate_all("nodes => nodes.map(node => node.dataset.executed)")
