@@ -13,9 +13,8 @@ from skipmega.inspection.routers.texts import Texts
 from skipmega.inspection.routers.tracing import Traces
 
 FORMAT = 1
-BINS = 10
-POSITION_BINS = 16
-RESAMPLES = 1000
+_BINS, _POSITION_BINS = 10, 16
+_RESAMPLES = 1000
 _FEWEST_UNITS = 8
 
 Findings = dict[str, Any]
@@ -28,7 +27,6 @@ def find_out(
     kind: NDArray[np.int64],
     counts: NDArray[np.int64],
     seed: int,
-    resamples: int = RESAMPLES,
     show_progress: bool = True,
 ) -> Findings:
     """Everything that is known of the routers.
@@ -40,7 +38,6 @@ def find_out(
         kind: [n] indices of :data:`kinds.KINDS`.
         counts: [n] how often each token's id occurs, wherever frequency was counted.
         seed: of the bootstrap.
-        resamples: of the bootstrap.
         show_progress: draw a bar for the bootstrap.
 
     Returns:
@@ -69,22 +66,22 @@ def find_out(
             "correlation": correlation,
             "random_correlation": [-chance, chance],
         },
-        "rank_correlation": _rank_correlations(traces, counts, chance, seed, resamples, show_progress),
+        "rank_correlation": _rank_correlations(traces, counts, chance, seed, show_progress),
     }
-    plain: Findings = as_plain(findings)
+    plain: Findings = _plain(findings)
     plain["headlines"] = _headlines(plain)
     plain["warnings"] = _warnings(subject, plain)
     return plain
 
 
-def as_plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """As JSON has it: arrays as lists, what is no number as None."""
     if isinstance(value, dict):
-        return {name: as_plain(entry) for name, entry in value.items()}
+        return {name: _plain(entry) for name, entry in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [as_plain(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -128,9 +125,9 @@ def _groupings(
     density: Floats,
 ) -> dict[str, Any]:
     """Densities by what tokens have in common; each grouping has every token once."""
-    width = -(-max_length // POSITION_BINS)
-    loss, surprise = (statistics.quantile_bins(values, BINS) for values in (traces.loss, traces.surprise))
-    frequency = statistics.quantile_bins(counts, BINS)
+    width = -(-max_length // _POSITION_BINS)
+    loss, surprise = (statistics.quantile_bins(values, _BINS) for values in (traces.loss, traces.surprise))
+    frequency = statistics.quantile_bins(counts, _BINS)
     last = max_length - 1
     grouped = {
         "kind": (kind, kinds.KINDS),
@@ -185,7 +182,6 @@ def _rank_correlations(
     counts: NDArray[np.int64],
     chance: float,
     seed: int,
-    resamples: int,
     show_progress: bool,
 ) -> dict[str, Any]:
     """Spearman's correlation of depth with other things; sampled by document, or by sequence where documents
@@ -197,22 +193,24 @@ def _rank_correlations(
         "frequency": Ranking(counts),
     }
 
-    def correlate(weights: Floats) -> dict[str, float]:
-        return statistics.rank_correlation(depth, others, weights)
+    rho = statistics.rank_correlation(depth, others, np.ones(traces.ids.size))
+    defined = {name: others[name] for name, value in rho.items() if np.isfinite(value)}
 
-    rho = correlate(np.ones(traces.ids.size))
+    def correlate(weights: Floats) -> dict[str, float]:
+        return statistics.rank_correlation(depth, defined, weights)
+
     units = {"document": traces.document, "sequence": traces.sequence}
     numbers = {name: int(unit[-1]) + 1 for name, unit in units.items()}
     unit = next((name for name, number in numbers.items() if number >= _FEWEST_UNITS), None)
     intervals: dict[str, Any] = {}
-    if unit is not None and np.isfinite(list(rho.values())).any():
-        intervals = statistics.bootstrap(correlate, units[unit], resamples, seed, show_progress)
+    if unit is not None:
+        intervals = statistics.bootstrap(correlate, units[unit], _RESAMPLES, seed, show_progress)
     return {
         "with": {name: {"rho": value, "interval": intervals.get(name)} for name, value in rho.items()},
         "random": [-chance, chance],
         "sampled": unit,
         "units": numbers.get(unit or ""),
-        "resamples": resamples,
+        "resamples": _RESAMPLES,
         "seed": seed,
     }
 

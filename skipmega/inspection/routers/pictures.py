@@ -11,7 +11,7 @@ from skipmega.inspection.drawing import ACCENT, INK, MUTED, new_figure, save_fig
 from skipmega.inspection.figures import plot_tokens_depth
 from skipmega.inspection.routers.findings import Findings
 
-TITLES = {
+_TITLES = {
     "kind": "kind of token",
     "position": "position in the sequence",
     "source": "source",
@@ -26,7 +26,7 @@ _BAND = "#cfd6dc"
 
 def write_pictures(
     findings: Findings, tokens: Sequence[str], executed: NDArray[np.bool_], out_dir: Path
-) -> list[Path]:
+) -> None:
     """Write text.png, density_by_*.png, depth.png, agreement.png and rank_correlation.png.
 
     Args:
@@ -34,23 +34,16 @@ def write_pictures(
         tokens: the text of each token of which a beginning is shown.
         executed: bool [routed layers, tokens].
         out_dir: exists.
-
-    Returns:
-        what was written.
     """
-    text = out_dir / "text.png"
-    plot_tokens_depth(tokens[:_SHOWN_TOKENS], executed[:, :_SHOWN_TOKENS], text)
-    written = [text]
+    plot_tokens_depth(tokens[:_SHOWN_TOKENS], executed[:, :_SHOWN_TOKENS], out_dir / "text.png")
     for name, figure in _figures(findings):
-        written.append(out_dir / f"{name}.png")
-        save_figure(figure, written[-1])
-    return written
+        save_figure(figure, out_dir / f"{name}.png")
 
 
 def _figures(findings: Findings) -> Iterator[tuple[str, Any]]:
     for name, groups in findings["groupings"].items():
         if len(groups) > 1:
-            yield f"density_by_{name}", _densities(findings, groups, TITLES[name])
+            yield f"density_by_{name}", _densities(findings, groups, _TITLES[name])
     yield "depth", _depths(findings)
     yield "agreement", _agreement(findings)
     yield "rank_correlation", _rank_correlations(findings)

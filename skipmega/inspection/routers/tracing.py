@@ -70,15 +70,16 @@ def trace_texts(subject: Subject, texts: Texts, batch_size: int, show_progress: 
     with tqdm(total=total, desc="reading", unit=" tokens", disable=not show_progress) as bar:
         for begin in range(0, len(sequences), batch_size):
             batch = sequences[begin : begin + batch_size]
-            lost, ran = subject.trace(*_padded(batch, subject.vocabulary.eod_id))
+            traced = subject.trace(*_padded(batch, subject.vocabulary.eod_id))
+            lost, ran = (result.cpu().numpy() for result in traced)
             for row, sequence in enumerate(batch):
                 length = len(sequence.tokens) - 1
-                losses.append(lost[row, :length].float().cpu().numpy())
-                executed.append(ran[:, row, :length].cpu().numpy())
+                losses.append(lost[row, :length])
+                executed.append(ran[:, row, :length])
                 bar.update(length)
-    lost_numbers = sum(int((~np.isfinite(loss)).sum()) for loss in losses)
-    if lost_numbers:
-        raise DataError(f"{subject.name} loses no finite number of nats on {lost_numbers} of {total} tokens")
+    infinite = sum(int((~np.isfinite(loss)).sum()) for loss in losses)
+    if infinite:
+        raise DataError(f"{subject.name} loses no finite number of nats on {infinite} of {total} tokens")
     return _joined(texts, sequences, losses, executed)
 
 

@@ -3,14 +3,19 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from digit_model import HOSTILE, NOTES
+import torch
+from digit_model import HOSTILE, NOTES, DigitModel
+from torch import Tensor
 
-MINUS = "\N{MINUS SIGN}"
+from skipmega.inspection.routers import inspect_routers, open_subject
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 COLOUR = "node => getComputedStyle(node).backgroundColor"
 # each token with text to read: its text, and its colours as [r, g, b]
 COLOURS = """nodes => nodes.filter(node => node.textContent.trim()).map(node => {
@@ -183,6 +188,32 @@ def test_text_can_be_read_on_every_colour(page: Page) -> None:
     assert len(scale) == 4
     steps = [after - before for before, after in pairwise(scale)]
     assert all(step > 0.03 for step in steps) or all(step < -0.03 for step in steps)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_routers_of_one_mind_have_a_page_too(browser: Any, digit_model: DigitModel, tmp_path: Path) -> None:
+    """Where nothing varies, correlations are not defined: null in the JSON, a dash on the page."""
+    (tmp_path / "text.txt").write_text("10 trees. " * 60)
+
+    def everybody(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(tokens.shape), torch.ones(3, *tokens.shape, dtype=torch.bool)
+
+    with open_subject(digit_model.export) as subject:
+        found = inspect_routers(
+            replace(subject, trace=everybody), {"text": tmp_path / "text.txt"}, tmp_path,
+            max_tokens=999, shown_tokens=99, show_progress=False,
+        )  # fmt: skip
+    assert found["agreement"]["correlation"] == [[None] * 3] * 3
+    assert found["rank_correlation"]["sampled"] == "sequence"
+    assert {(one["rho"], one["interval"]) for one in found["rank_correlation"]["with"].values()} == {
+        (None, None)
+    }
+    page = Page(browser.new_page(), tmp_path)
+    assert set(page.executed()) == {3}
+    assert set(page.tab.locator("#agreement td.cell").all_inner_texts()) == {"", DASH}
+    assert page.tab.locator("#correlations tbody td:nth-child(3)").all_inner_texts() == [DASH] * 3
+    page.tab.close()
+    assert page.complaints == []
 
 
 def luminance(rgb: list[float]) -> float:
