@@ -176,6 +176,12 @@ def test_another_source_is_shown_as_it_is_written(page: Page) -> None:
     assert page.tokens.count() == 250
 
 
+@pytest.mark.parametrize("width", [360, 1600])
+def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
+    page.tab.set_viewport_size({"width": width, "height": 700})
+    assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_text_can_be_read_on_every_colour(page: Page) -> None:
     """Contrasts as WCAG counts them, and a scale that is one of lightness, which no eye confuses."""
     for layer in ("all", "1"):
