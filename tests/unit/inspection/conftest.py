@@ -12,6 +12,17 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 INSTALL = "apt-get install chromium, or playwright install chromium"
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products wait for each other's threads where cores are busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def hf_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Remote code is copied to, and imported from, a folder of the tests; nothing reaches for the network."""
