@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["skipmega", "skipmega.*"]),
-    package_data={"skipmega": ["py.typed", "evaluation/suites/*"]},
+    package_data={"skipmega": ["py.typed", "evaluation/suites/*", "inspection/routers/html/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",
@@ -27,7 +27,7 @@ setup(
     extras_require={
         "hf": ["transformers>=5,<6", "tokenizers", "safetensors", "protobuf"],
         "eval": ["lm-eval==0.4.13", "accelerate"],
-        "report": ["matplotlib"],
+        "report": ["matplotlib", "scipy"],
         "logging": ["tensorboard", "wandb"],
         "mpi": ["mpi4py"],
         "dev": [
@@ -37,6 +37,7 @@ setup(
             "types-tqdm",
             "pytest",
             "pytest-timeout",
+            "playwright",
             "hypothesis",
         ],
     },

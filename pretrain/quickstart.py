@@ -6,6 +6,7 @@ one-shot evaluation, report. Every step is a command that a cluster runs too, an
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -45,6 +46,7 @@ def main() -> None:
     command("tools/export_hf.py", config.run_dir, str(HOME / "hf"))
     evaluate(config.run_dir)
     report(config.run_dir)
+    inspect(config.run_dir)
     print(f"\nquickstart took {(time.monotonic() - started) / 60:.1f} minutes; open {HOME}/report/report.md")
 
 
@@ -97,6 +99,13 @@ def report(run_dir: str) -> None:
     print(f"\nheld-out loss {summary['held_out_loss']:.3f} nats/token")
     print(f"unigram entropy {summary['unigram_entropy']:.3f} nats/token")
     print(f"\n{(HOME / 'report' / 'sample.txt').read_text()}")
+
+
+def inspect(run_dir: str) -> None:
+    texts = HOME / "held-out.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in held_out_documents()))
+    where = ["--output", str(HOME / "report" / "routers"), "--max-tokens", "50000"]
+    command("tools/inspect_routing.py", run_dir, "--text", f"code={texts}", *where)
 
 
 def held_out_documents() -> list[str]:

@@ -100,6 +100,14 @@ class Tokenizer:
         text: str = self._processor.decode(plain)
         return text
 
+    def pieces(self) -> list[str]:
+        """What sentencepiece calls each id: ``"▁the"``, ``"<0x0A>"`` for a byte, ``""`` for a special one."""
+        special = (self._processor.is_control, self._processor.is_unknown)
+        return [
+            "" if any(asked(token) for asked in special) else self._processor.id_to_piece(token)
+            for token in range(self.size)
+        ]
+
 
 def train_tokenizer(
     documents: Iterable[str], model_path: str | Path, vocab_size: int, *, overwrite: bool = False

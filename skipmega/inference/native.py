@@ -136,6 +136,29 @@ class NativeModel:
         return self._run(padded, at, None)
 
     @torch.no_grad()
+    def trace(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens executed which routed layer, and what each prediction lost; layers on one stage only.
+
+        Args:
+            tokens: [b, s] int64.
+            labels: [b, s] int64, the token that follows each.
+
+        Returns:
+            losses in nats, [b, s] float32, and bool [routed layers, b, s].
+        """
+        assert self.grid.pipeline.size == 1
+        batch, length = tokens.shape
+        group = self.config.routing.group_size or 1
+        padded = torch.nn.functional.pad(tokens, (0, -length % group)).to(self.device)
+        self._before_pass()
+        positions = torch.arange(padded.shape[1], device=self.device)
+        context = LayerContext(None, self.config.routing.eval_capacity_factor)
+        inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
+        output = self.stage(padded, context, inputs)
+        losses = self.stage.losses(output.hidden[:length], labels.to(self.device))
+        return losses.t(), output.stacked("executed")[:, :length].transpose(1, 2)
+
+    @torch.no_grad()
     def read(
         self, cache: KeyValueCache, tokens: Tensor, counts: Sequence[int], at: Tensor | None = None
     ) -> Tensor:

@@ -1,6 +1,5 @@
 """Figures of a run, as PNG files: the loss, the density of each layer, the depth of each token."""
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipmega.data.files import atomic_write
-from skipmega.errors import ConfigError, DataError
+from skipmega.errors import DataError
+from skipmega.inspection.drawing import ACCENT, INK, MUTED, TARGET, new_figure, save_figure, tidy
 from skipmega.inspection.metrics import RunMetrics, read_metrics
 from skipmega.inspection.textgrid import TextGrid, lay_out
 
-_DOTS_PER_INCH = 150
-_INK, _ACCENT, _MUTED, _TARGET = "#1f3b57", "#d1661c", "#8b98a5", "#b3203a"
 _FINAL_RECORDS = 10
 
 
@@ -36,17 +33,17 @@ def plot_training(
         DataError: there is nothing to draw.
     """
     metrics = read_metrics(metrics_path)
-    figure = _figure(9, 5.5)
+    figure = new_figure(9, 5.5)
     axes = figure.add_subplot()
     steps = [record["step"] for record in metrics.train]
     losses = [record["loss"] for record in metrics.train]
-    axes.plot(steps, losses, color=_INK, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(losses), color=_INK, linewidth=1.8, label="training")
+    axes.plot(steps, losses, color=INK, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _smooth(losses), color=INK, linewidth=1.8, label="training")
     if metrics.evaluations:
         axes.plot(
             [record["step"] for record in metrics.evaluations],
             [record["loss"] for record in metrics.evaluations],
-            color=_ACCENT,
+            color=ACCENT,
             marker="o",
             markersize=4,
             linewidth=1.2,
@@ -55,24 +52,24 @@ def plot_training(
     if unigram_entropy is not None:
         axes.axhline(
             unigram_entropy,
-            color=_TARGET,
+            color=TARGET,
             linestyle="--",
             linewidth=1.2,
             label=f"unigram entropy ({unigram_entropy:.3f})",
         )
     for step in metrics.resumed_at:
-        axes.axvline(step, color=_MUTED, linestyle=":", linewidth=1.2)
+        axes.axvline(step, color=MUTED, linestyle=":", linewidth=1.2)
     if metrics.resumed_at:
         at = ", ".join(str(step) for step in metrics.resumed_at[-3:])
         more = "… " if len(metrics.resumed_at) > 3 else ""
-        axes.plot([], [], color=_MUTED, linestyle=":", linewidth=1.2, label=f"resumed at {more}{at}")
+        axes.plot([], [], color=MUTED, linestyle=":", linewidth=1.2, label=f"resumed at {more}{at}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats/token)")
     axes.set_xlim(0, 1.01 * max(steps))
     _add_token_axis(axes, metrics)
-    _tidy(axes)
+    tidy(axes)
     axes.legend(frameon=False)
-    _save(figure, out_png)
+    save_figure(figure, out_png)
 
 
 def plot_density(metrics_path: str | Path, out_png: str | Path, target: float) -> None:
@@ -94,7 +91,7 @@ def plot_density(metrics_path: str | Path, out_png: str | Path, target: float) -
     layers = [str(layer) for layer in routed[-1]["routed_layers"]]
     density = np.array([record["density"] for record in routed], dtype=np.float64).T
     edges = np.array([0, *(record["step"] for record in routed)], dtype=np.float64)
-    figure = _figure(10, 2.0 + 0.32 * len(layers))
+    figure = new_figure(10, 2.0 + 0.32 * len(layers))
     over_steps, at_end = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1.3])
     rows = np.arange(len(layers) + 1) - 0.5
     shares = over_steps.pcolormesh(edges, rows, density, cmap="viridis", vmin=0, vmax=1)
@@ -103,11 +100,11 @@ def plot_density(metrics_path: str | Path, out_png: str | Path, target: float) -
     over_steps.set_yticks(range(len(layers)), layers)
     over_steps.set_title("executed share in training", fontsize=10)
     bar = figure.colorbar(shares, ax=over_steps, pad=0.02)
-    bar.ax.axhline(target, color=_TARGET, linewidth=2)
+    bar.ax.axhline(target, color=TARGET, linewidth=2)
     bar.outline.set_visible(False)
     _draw_final_density(at_end, metrics, density, target)
     figure.legend(frameon=False, fontsize=9, ncols=3, loc="outside lower right")
-    _save(figure, out_png)
+    save_figure(figure, out_png)
 
 
 def plot_tokens_depth(
@@ -132,7 +129,7 @@ def plot_tokens_depth(
         )
     depths = executed.sum(axis=0)
     grid = lay_out(tokens, columns)
-    figure = _figure(0.082 * columns + 1.2, 0.19 * grid.num_rows + 0.5)
+    figure = new_figure(0.082 * columns + 1.2, 0.19 * grid.num_rows + 0.5)
     axes = figure.add_subplot()
     mesh = _draw_text(axes, grid, depths, executed.shape[0])
     axes.set_title(
@@ -143,7 +140,7 @@ def plot_tokens_depth(
     bar = figure.colorbar(mesh, ax=axes, pad=0.01, aspect=max(4, grid.num_rows), fraction=0.03)
     bar.outline.set_visible(False)
     bar.locator = _whole_numbers()
-    _save(figure, out_png)
+    save_figure(figure, out_png)
 
 
 def plot_curves(metrics: Mapping[str, Path], out_png: str | Path) -> None:
@@ -159,7 +156,7 @@ def plot_curves(metrics: Mapping[str, Path], out_png: str | Path) -> None:
     """
     from matplotlib.ticker import EngFormatter
 
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     axes = figure.add_subplot()
     for name, path in metrics.items():
         train = read_metrics(path).train
@@ -172,8 +169,8 @@ def plot_curves(metrics: Mapping[str, Path], out_png: str | Path) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
-    _save(figure, out_png)
+    tidy(axes)
+    save_figure(figure, out_png)
 
 
 def plot_tradeoff(
@@ -189,34 +186,32 @@ def plot_tradeoff(
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    figure = _figure(8, 6)
+    figure = new_figure(8, 6)
     axes = figure.add_subplot()
     for name, (cost, loss, spread) in points.items():
-        axes.errorbar(cost, loss, yerr=spread, fmt="o", color=_INK, markersize=5, capsize=3, linewidth=1)
-        axes.annotate(
-            name, (cost, loss), textcoords="offset points", xytext=(6, 3), fontsize=8, color=_ACCENT
-        )
+        axes.errorbar(cost, loss, yerr=spread, fmt="o", color=INK, markersize=5, capsize=3, linewidth=1)
+        axes.annotate(name, (cost, loss), textcoords="offset points", xytext=(6, 3), fontsize=8, color=ACCENT)
     axes.set_xlabel(x_label)
     axes.set_ylabel("held-out loss, nats/token")
-    _tidy(axes)
-    _save(figure, out_png)
+    tidy(axes)
+    save_figure(figure, out_png)
 
 
 def _draw_final_density(axes: Any, metrics: RunMetrics, density: NDArray[np.float64], target: float) -> None:
     """Bars of the last densities in training and, if there is one, of the last evaluation."""
     rows = np.arange(density.shape[0])
-    final = {"training": (density[:, -_FINAL_RECORDS:].mean(axis=1), _INK)}
+    final = {"training": (density[:, -_FINAL_RECORDS:].mean(axis=1), INK)}
     if metrics.evaluations and len(metrics.evaluations[-1].get("density") or ()) == len(rows):
-        final["held out"] = (np.array(metrics.evaluations[-1]["density"]), _ACCENT)
+        final["held out"] = (np.array(metrics.evaluations[-1]["density"]), ACCENT)
     height = 0.8 / len(final)
     for place, (label, (values, colour)) in enumerate(final.items()):
         shift = (place - (len(final) - 1) / 2) * height
         axes.barh(rows - shift, values, height=height, color=colour, label=f"{label} {values.mean():.3f}")
-    axes.axvline(target, color=_TARGET, linestyle="--", linewidth=1.2, label=f"target {target:g}")
+    axes.axvline(target, color=TARGET, linestyle="--", linewidth=1.2, label=f"target {target:g}")
     axes.set_xlim(0, 1)
     axes.set_xlabel("executed share")
     axes.set_title("at the end", fontsize=10)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_text(axes: Any, grid: TextGrid, depths: NDArray[np.int64], num_layers: int) -> Any:
@@ -268,28 +263,7 @@ def _add_token_axis(axes: Any, metrics: RunMetrics) -> None:
     top.spines["top"].set_visible(False)
 
 
-def _tidy(axes: Any) -> None:
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, outside of pyplot and its global state."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("figures need matplotlib, which is not installed: pip install 'skipmega[report]'")
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
-
-
 def _whole_numbers() -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True)
-
-
-def _save(figure: Any, out_png: str | Path) -> None:
-    with atomic_write(Path(out_png)) as stream:
-        figure.savefig(stream, format="png")

@@ -108,3 +108,20 @@ def test_what_depends_on_more_than_keys_and_values_does_not_read_on(
 ) -> None:
     assert make_model(grid, {}).reads_on
     assert not make_model(grid, routing).reads_on
+
+
+def test_a_trace_has_the_losses_of_the_logits_and_who_executed(model: NativeModel) -> None:
+    routed = model.config.routed_layers
+    if not routed:
+        pytest.skip("no layer is routed: there is nothing to trace")
+    tokens, labels = padded(texts([13, 13, 13])), padded(texts([13, 13, 13], seed=1))
+    losses, executed = model.trace(tokens, labels)
+    expected = torch.nn.functional.cross_entropy(
+        model.logits(tokens).transpose(1, 2), labels, reduction="none"
+    )
+    torch.testing.assert_close(losses, expected, rtol=0, atol=2e-5)
+    assert executed.shape == (len(routed), 3, 13)
+    assert executed.dtype == torch.bool
+    assert bool(executed.all()) == (model.config.routing.router == "highway")
+    again = model.trace(tokens[:, :5], labels[:, :5])[1]  # nobody looks ahead
+    assert torch.equal(again, executed[:, :, :5])
