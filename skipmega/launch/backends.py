@@ -34,6 +34,8 @@ def describe_kernels(config: RunConfig, device: torch.device) -> str:
         causal, masked = (_sdpa_kernel(config, device, masked) for masked in (False, True))
         attention = f"sdpa ({causal} where causality is the only mask, else {masked})"
     compiled = "compiled" if training.compile else "not compiled"
+    if training.cuda_graphs:
+        compiled += ", in CUDA graphs"
     optimizer = f"{config.optimizer.name}{' (fused)' if fused else ''}, ZeRO {config.parallel.zero_stage}"
     return f"{training.precision}, layers {compiled}; attention: {attention}; {optimizer}"
 

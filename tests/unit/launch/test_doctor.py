@@ -133,10 +133,9 @@ def test_kernels_follow_the_configuration() -> None:
         "fp32, layers not compiled; attention: sdpa (flash where causality is the only mask, else flash); "
         "adamw, ZeRO 1"
     )
-    on_gpu = load_config(None, ["training.compile=true", "training.precision=bf16"])
-    assert "bf16, layers compiled; attention: flex; adamw (fused)" in describe_kernels(
-        on_gpu, torch.device("cuda")
-    )
+    overrides = ["training.compile=true", "training.cuda_graphs=true", "training.precision=bf16"]
+    on_gpu = describe_kernels(load_config(None, overrides), torch.device("cuda"))
+    assert "bf16, layers compiled, in CUDA graphs; attention: flex; adamw (fused)" in on_gpu
 
 
 def test_arithmetic_is_tried() -> None:
