@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 from skipmega.errors import DataError
 
+_PIECE = 16 * 2**20  # bytes
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -36,9 +38,15 @@ def flush_to_disk(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """SHA-256 of a file's content, in hexadecimal.
+
+    In large pieces: beside training, each asks for the interpreter once, and the training thread waits.
+    """
+    digest, piece = hashlib.sha256(), memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
 
 
 def find_pairs(path: str) -> list[str]:
