@@ -10,8 +10,9 @@ from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, build_config, resolve_grid
+from skipmega.inference.work import Work
 from skipmega.models.cache import KeyValueCache, LayerCache
-from skipmega.models.decoder import DecoderStage, StageChunk
+from skipmega.models.decoder import DecoderStage, StageChunk, StageOutput
 from skipmega.models.layer import LayerContext
 from skipmega.models.rotary import rotary_table
 from skipmega.parallel.grid import ParallelGrid
@@ -42,6 +43,7 @@ class NativeModel:
         self._routing = routing
         self._steps_done = step
         self._before_pass = before_pass
+        self._work = Work()
 
     @classmethod
     def load(
@@ -107,6 +109,11 @@ class NativeModel:
         torch.distributed.all_gather_object(everything, found, group=self.grid.data.group)
         return everything
 
+    def take_work(self) -> Work:
+        """What this replica read since the last call; its processes call it together."""
+        done, self._work = self._work, Work()
+        return done.on_host(self.grid.pipeline.group if self.grid.pipeline.size > 1 else None)
+
     @property
     def reads_on(self) -> bool:
         """Whether :meth:`new_cache` can be used: whether what a token executes and sees depends on nothing
@@ -133,7 +140,7 @@ class NativeModel:
         padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % group))
         if at is None:
             at = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-        return self._run(padded, at, None)
+        return self._run(padded, (at.max(dim=1).values + 1).tolist(), at, None)
 
     @torch.no_grad()
     def trace(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,18 +183,18 @@ class NativeModel:
         assert self.reads_on
         if at is None:
             at = torch.tensor(counts).unsqueeze(1) - 1
-        result = self._run(tokens, at, cache)
+        result = self._run(tokens, counts, at, cache)
         cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
         return result
 
-    def _run(self, tokens: Tensor, at: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def _run(self, tokens: Tensor, counts: Sequence[int], at: Tensor, cache: KeyValueCache | None) -> Tensor:
         self._before_pass()
         tokens, at = tokens.to(self.device), at.to(self.device)
         batch, length = tokens.shape
         collected = run_micro_batches(
             self.stage.chunks,
             iter([tokens]),
-            partial(self._step, at, cache),
+            partial(self._step, counts, at, cache),
             num_micro_batches=1,
             sequence_length=length,
             micro_batch_size=batch,
@@ -201,7 +208,12 @@ class NativeModel:
         return self.grid.broadcast_from_last_stage(result)
 
     def _step(
-        self, at: Tensor, cache: KeyValueCache | None, batches: Iterator[Tensor], chunk: StageChunk
+        self,
+        counts: Sequence[int],
+        at: Tensor,
+        cache: KeyValueCache | None,
+        batches: Iterator[Tensor],
+        chunk: StageChunk,
     ) -> tuple[Tensor, Callable[..., Any]]:
         tokens = next(batches)
         batch, length = tokens.shape
@@ -214,11 +226,22 @@ class NativeModel:
                 positions = positions.unsqueeze(1) + read
                 context = self._after(context, positions, max(cache.lengths) + length)
         inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
-        hidden = chunk(tokens, context, inputs).hidden
+        output = chunk(tokens, context, inputs)
+        self._work.add(counts, self._executed(output, chunk.layers))
+        hidden = output.hidden
         if not chunk.is_last:
             return hidden, _output
         wanted = at.t().unsqueeze(2).expand(-1, -1, hidden.shape[2])
         return self.stage.logits(hidden.gather(0, wanted)), _output
+
+    def _executed(self, output: StageOutput, here: range) -> Tensor:
+        """bool [layers of the whole model, b, n]: who ran, of the layers ``here``."""
+        length, batch, _ = output.hidden.shape
+        everybody = torch.ones(batch, length, dtype=torch.bool, device=self.device)
+        nobody = torch.zeros_like(everybody)
+        ran = dict.fromkeys(here, everybody)
+        ran |= {layer: record.executed.t() for layer, record in output.records.items()}
+        return torch.stack([ran.get(layer, nobody) for layer in range(self.config.model.num_layers)])
 
     def _after(self, context: LayerContext, positions: Tensor, end: int) -> LayerContext:
         model = self.config.model

@@ -126,7 +126,7 @@ def test_every_task_of_the_suite_asks_and_scores(make_bigram, byte_tokenizer, al
 
 
 def test_one_example_is_shared_and_never_the_question(tmp_path):
-    from skipmega.evaluation.harness import _find_tasks, _load_task, _set_shots
+    from skipmega.evaluation.loading import _find_tasks, _load_task, _set_shots
 
     write_rows(tmp_path / "data" / "arc_easy.jsonl", QUESTIONS)
     written = write_suite_tasks(find_suite("skiplayer24"), tmp_path / "data", tmp_path / "tasks")
