@@ -127,7 +127,7 @@ def _set_shots(name: str, task: Any, num_fewshot: int | None, seed: int) -> None
     if not shots:
         return
     examples = task.fewshot_docs()
-    available = 0 if examples is None else len(list(examples))
+    available = 0 if examples is None else len(examples)
     if available < shots:
         raise ConfigError(
             f"num_fewshot={shots}, but task {name} has {available} examples to choose from: lower it"

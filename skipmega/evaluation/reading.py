@@ -1,6 +1,6 @@
 """Reading texts with a model: what they share once, and what follows them after they are read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from skipmega.evaluation.interface import Cache, LanguageModel
 from skipmega.evaluation.sharing import Tokens
+
+# What is read after a text: its number, and the tokens
+_Row = tuple[int, Tokens]
 
 
 @dataclass
@@ -45,7 +48,7 @@ class TextReader:
         model: reads them.
         prefix: how all of them begin.
         texts: whole, prefix included.
-        batch_size: rows in one call of the model.
+        batch_size: texts in one call of the model.
         padding: an id of the vocabulary.
     """
 
@@ -94,13 +97,11 @@ class TextReader:
                 for place, (owner, rest) in enumerate(zip(owners, continuations, strict=True))
             ]
             _score_tokens(spans, first, self.last_logits)
-        asked: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        asked: dict[_Row, list[int]] = {}
         for place, rest in enumerate(continuations):
             if len(rest) > known:
                 asked.setdefault((owners[place], tuple(rest[:-1])), []).append(place)
-        read = sorted(asked, key=lambda row: -len(row[1]))
-        for begin in range(0, len(read), self._batch_size):
-            batch = read[begin : begin + self._batch_size]
+        for batch in self._passes(asked):
             logits = self._read_after(batch)
             width = logits.shape[1]
             tokens = [
@@ -112,7 +113,28 @@ class TextReader:
             _score_tokens(spans, tokens, logits.flatten(0, 1))
         return [(span.log_likelihood, span.is_greedy) for span in spans]
 
-    def _read_after(self, batch: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
+    def _passes(self, rows: Iterable[_Row]) -> list[list[_Row]]:
+        """Cut ``rows`` into passes, the longest first.
+
+        What follows a text is short, so a pass may have more rows than texts are read at once: as many as
+        remember no more than whole texts would, but beyond ``batch_size`` only if padding is less than half.
+        """
+        ordered = sorted(rows, key=lambda row: -len(row[1]))
+        longest = max((len(self._texts[owner]) + len(rest) for owner, rest in ordered), default=1)
+        most = self._batch_size
+        if self._cache is not None:
+            most = max(most, self._batch_size * self._model.max_length // longest)
+        passes: list[list[_Row]] = []
+        for row in ordered:
+            here = passes[-1] if passes else []
+            fits = here and len(here) < most and 2 * len(row[1]) >= len(here[0][1])
+            if fits or 0 < len(here) < self._batch_size:
+                here.append(row)
+            else:
+                passes.append([row])
+        return passes
+
+    def _read_after(self, batch: Sequence[_Row]) -> Tensor:
         """Logits [batch, longest, vocabulary] after each token that follows the text of its owner; where
         texts are not remembered, after the text's last token too."""
         if self._cache is None:
