@@ -41,7 +41,7 @@ class SuiteTask(Section):
 
 
 class Suite(Section):
-    """Tasks by name; ``source`` is the folder its bases beginning with ``./`` are relative to."""
+    """Tasks by name; bases beginning with ``./`` lie in the folder ``source`` or beside the shipped suites."""
 
     name: str
     shots: int = Field(ge=0)
@@ -179,6 +179,8 @@ def _based(suite: Suite, full_name: str, task: SuiteTask, data: Record) -> Recor
 def _base_file(suite: Suite, base: str) -> Path:
     if base.startswith("./"):
         path = Path(suite.source) / base
+        if not path.is_file():  # a copy of a shipped suite
+            path = SUITES_DIR / base
     else:
         spec = find_spec("lm_eval")
         if spec is None or spec.origin is None:

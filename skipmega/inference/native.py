@@ -10,7 +10,9 @@ from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, build_config, resolve_grid
+from skipmega.data.batches import TokenBatch
 from skipmega.inference.work import Work
+from skipmega.kernels.attention import document_starts
 from skipmega.models.cache import KeyValueCache, LayerCache
 from skipmega.models.decoder import DecoderStage, StageChunk, StageOutput
 from skipmega.models.layer import LayerContext
@@ -186,6 +188,48 @@ class NativeModel:
         result = self._run(tokens, counts, at, cache)
         cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
         return result
+
+    @torch.no_grad()
+    def held_out_loss(self, batches: Iterator[TokenBatch]) -> float:
+        """Mean loss in nats of the tokens that count, over all replicas, each with micro-batches of its own.
+
+        All processes call it together; it is what training reports of the same micro-batches.
+        """
+        sums = torch.zeros(2, device=self.device)
+        for batch in batches:
+            self._before_pass()
+            rows, length = batch.tokens.shape
+            collected = run_micro_batches(
+                self.stage.chunks,
+                iter([batch.to(self.device)]),
+                self._loss_step,
+                num_micro_batches=1,
+                sequence_length=length,
+                micro_batch_size=rows,
+                backward=False,
+                collect_outputs=True,
+            )
+            if self.grid.is_last_stage:
+                sums += collected[0]
+        torch.distributed.all_reduce(sums, group=self.grid.data.group)
+        loss, tokens = self.grid.broadcast_from_last_stage(sums).tolist()
+        return loss / tokens
+
+    def _loss_step(
+        self, batches: Iterator[TokenBatch], chunk: StageChunk
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        rows, length = batch.tokens.shape
+        since = None if batch.document_ids is None else document_starts(batch.document_ids)
+        positions = torch.arange(length, device=self.device)
+        inputs = self._routing.for_evaluation(self._steps_done, rows, positions)
+        output = chunk(batch.tokens, LayerContext(since, self.config.routing.eval_capacity_factor), inputs)
+        self._work.add([length] * rows, self._executed(output, chunk.layers))
+        if not chunk.is_last:
+            return output.hidden, _output
+        counted = batch.loss_mask.t()
+        losses = self.stage.losses(output.hidden, batch.labels) * counted
+        return torch.stack([losses.sum(), counted.sum()]), _output
 
     def _run(self, tokens: Tensor, counts: Sequence[int], at: Tensor, cache: KeyValueCache | None) -> Tensor:
         self._before_pass()
