@@ -4,7 +4,7 @@
 python tools/evaluate.py runs/quickstart --tasks heldout --include-path runs/quickstart/tasks
 python tools/evaluate.py exported --tasks skiplayer24 --data-dir FOLDER-OF-SETS
 torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks piqa
-python tools/evaluate.py RUN --tasks skiplayer24 --data-dir SETS --eval-densities 0.25,0.5,1 --figure curve.png
+python tools/evaluate.py RUN --tasks skiplayer24 --data-dir SETS --eval-densities 0.3,0.5,1 --figure out.png
 """
 
 import argparse
@@ -35,7 +35,8 @@ def main() -> None:
             )
         if arguments.eval_densities is not None:
             raise ConfigError(
-                f"--eval-densities moves the thresholds of a native checkpoint, and {arguments.model} is not one"
+                f"--eval-densities={arguments.eval_densities} moves the thresholds of a native checkpoint, "
+                f"and {arguments.model} is an export: give the run"
             )
         if arguments.follow:
             raise ConfigError(

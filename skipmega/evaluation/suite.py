@@ -41,7 +41,7 @@ class SuiteTask(Section):
 
 
 class Suite(Section):
-    """Tasks by name; bases beginning with ``./`` lie in the folder ``source`` or beside the shipped suites."""
+    """Tasks by name; bases beginning with ``./`` lie in folder ``source``, or beside the shipped suites."""
 
     name: str
     shots: int = Field(ge=0)
