@@ -4,10 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-transformers = pytest.importorskip("transformers")
 
 from skipmega.hf.configuration_skipmega import SkipmegaConfig
 from skipmega.hf.modeling_skipmega import SkipmegaForCausalLM
