@@ -74,6 +74,17 @@ class Effort:
     depth_correlation_per_token: float | None
     by_depth: list[DepthClass] = field(default_factory=list)
 
+    def numbers(self) -> dict[str, float]:
+        """For a log record: those that are known, ``KIND/tokens_per_second``, ``KIND/ms_p50`` and so on."""
+        each = {
+            "tokens_per_second": self.tokens / self.seconds,
+            "joules_per_token": self.joules_per_token,
+            "layers_per_token": self.depth,
+            "depth_correlation": self.depth_correlation_per_token,
+            **{f"ms_p{name}": getattr(self.latency, f"p{name}") for name in QUANTILES},
+        }
+        return {f"{self.kind}/{name}": value for name, value in each.items() if value is not None}
+
     def describe(self) -> list[str]:
         """Lines for a report."""
         joules = "not available" if self.joules_per_token is None else f"{self.joules_per_token:.4g}"
