@@ -13,6 +13,7 @@ from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import ConfigError
 from skipmega.evaluation import EvaluationResult
 from skipmega.inference.native import NativeModel
+from skipmega.inference.work import Work
 from skipmega.launch.run import build_data
 from skipmega.models.flops import forward_flops_per_token
 from skipmega.parallel.grid import ParallelGrid
@@ -90,8 +91,11 @@ def measure_curve(
         model = NativeModel.load(checkpoint, grid, eval_density=density)
         config = model.config
         loss = model.held_out_loss(loader())
-        work = model.take_work()
-        shares = {layer: work.executed[layer] / work.tokens for layer in config.routed_layers}
+        works: list[Work] = model.exchange(model.take_work())
+        tokens = sum(work.tokens for work in works)
+        shares = {
+            layer: sum(work.executed[layer] for work in works) / tokens for layer in config.routed_layers
+        }
         result = evaluate(model)
         results.append(result)
         points.append(
