@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
-from skipmega.config import RunConfig, build_config, resolve_grid
+from skipmega.config import RunConfig
 from skipmega.data.batches import TokenBatch
+from skipmega.inference.configuration import on_grid, with_eval_density
 from skipmega.inference.work import Work
 from skipmega.kernels.attention import document_starts
 from skipmega.models.cache import KeyValueCache, LayerCache
@@ -68,7 +69,7 @@ class NativeModel:
             ConfigError: the model does not fit the grid, or ``eval_density`` has no meaning for it.
             CheckpointError: the checkpoint cannot be read.
         """
-        config = _on_grid(with_eval_density(checkpoint.config, eval_density), grid, precision)
+        config = on_grid(with_eval_density(checkpoint.config, eval_density), grid, precision)
         stage = DecoderStage(config, grid)
         routing = RoutingState(config, stage.routed_layers, torch.device("cpu"))
         weights = {
@@ -293,45 +294,6 @@ class NativeModel:
         return replace(context, rotary=table, positions=positions)
 
 
-def with_eval_density(config: RunConfig, eval_density: float | None) -> RunConfig:
-    """``config`` with another ``routing.eval_density``; None leaves it as it is.
-
-    Raises:
-        ConfigError: it is no density, or has no meaning for the router.
-    """
-    if eval_density is None:
-        return config
-    routing = config.routing.model_dump() | {"eval_density": eval_density}
-    return build_config(config.model_dump() | {"routing": routing}, source=f"eval_density={eval_density}")
-
-
 def _output(output: Tensor, non_loss_data: bool) -> Tensor:
     assert non_loss_data
     return output
-
-
-def _on_grid(config: RunConfig, grid: ParallelGrid, precision: str) -> RunConfig:
-    """The checkpoint's configuration with the present grid, whose batch arithmetic plays no role."""
-    parallel = config.parallel.model_copy(
-        update={
-            "tensor_parallel": grid.tensor.size,
-            "pipeline_parallel": grid.pipeline.size,
-            "data_parallel": grid.data.size,
-            "zero_stage": 1,
-            "sequence_parallel": False,
-            "context_parallel": 1,
-            "chunks_per_stage": 1,
-            "layers_per_stage": None,
-        }
-    )
-    training = config.training.model_copy(
-        update={
-            "precision": precision,
-            "micro_batch_size": 1,
-            "global_batch_size": grid.data.size,
-            "eval_sequences": grid.data.size,
-        }
-    )
-    routing = config.routing.model_copy(update={"dispatch": "local"})  # replicas are independent
-    changed = {"parallel": parallel, "training": training, "routing": routing}
-    return resolve_grid(config.model_copy(update=changed), grid.world_size)
