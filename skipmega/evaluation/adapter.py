@@ -208,12 +208,12 @@ class SkipmegaLM(TemplateLM):
         if settings.get("do_sample"):
             raise ConfigError(
                 f"generation_kwargs={options} ask for sampling, but decoding is greedy: set "
-                "do_sample: false in the task, or evaluate an export"
+                "do_sample: false in the task, or run lm_eval on an export"
             )
         if unknown := sorted(set(settings) - _GREEDY_KEYS):
             raise ConfigError(
                 f"generation_kwargs has {', '.join(unknown)}, which greedy decoding does not know: remove "
-                f"it from the task (known: {', '.join(sorted(_GREEDY_KEYS))}), or evaluate an export"
+                f"it from the task (known: {', '.join(sorted(_GREEDY_KEYS))}), or run lm_eval on an export"
             )
         budget, length = settings["max_gen_toks"], self._language_model.max_length
         if not 0 < budget < length:

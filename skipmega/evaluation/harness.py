@@ -115,14 +115,11 @@ def evaluate_by_lm_eval(
     tasks: Sequence[str],
     *,
     device: str = "cpu",
-    dtype: str = "float32",
     **settings: Any,
 ) -> EvaluationResult:
     """The same as :func:`evaluate_export` with lm-eval's own ``hf`` model: what skipmega is compared with.
 
-    Args:
-        directory: as for :func:`evaluate_export`; and so are the other arguments and the errors.
-        dtype: of weights and activations.
+    Arguments and errors are the same.
     """
     asked = _prepare_export(directory, tasks, settings)
     from lm_eval.models.huggingface import HFLM
@@ -130,7 +127,7 @@ def evaluate_by_lm_eval(
     adapter = HFLM(
         pretrained=str(directory),
         trust_remote_code=True,
-        dtype=dtype,
+        dtype="float32",
         device=device,
         batch_size=asked.batch_size,
     )

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from skipmega.errors import CheckpointError
 from skipmega.hf.configuration_skipmega import SkipmegaConfig
 from skipmega.inference.work import Work
 
@@ -140,20 +141,24 @@ class HuggingFaceModel:
 
 class HuggingFaceTokenizer:
     """A tokenizer of transformers as lm-eval uses it: with the special tokens that it adds by itself, but no
-    second beginning."""
+    second beginning.
+
+    Raises:
+        CheckpointError: it has no token that ends a text.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(
+                f"the tokenizer of {tokenizer.name_or_path} has no eos_token: name the one that ends a "
+                "text in its tokenizer_config.json"
+            )
         self._tokenizer = tokenizer
         self.eod_id: int = tokenizer.eos_token_id
         begins = tokenizer.bos_token_id is not None
         self.begin_id: int = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
         self.size: int = len(tokenizer)
         self._begin: str = tokenizer.decode([self.begin_id])
-
-    @classmethod
-    def load(cls, directory: str) -> "HuggingFaceTokenizer":
-        """Read a folder."""
-        return cls(AutoTokenizer.from_pretrained(directory, trust_remote_code=True))
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``."""

@@ -8,6 +8,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skipmega.errors import CheckpointError
 from skipmega.hf.configuration_skipmega import SkipmegaConfig
 from skipmega.hf.modeling_skipmega import SkipmegaForCausalLM
 from skipmega.inference.hugging_face import HuggingFaceModel, HuggingFaceTokenizer
@@ -124,3 +125,5 @@ def test_a_text_has_one_beginning() -> None:
     assert (tokenizer.begin_id, tokenizer.eod_id) == (0, 1)
     assert tokenizer.encode("a b") == tokenizer.encode("<s> a b") == [0, 2, 3]
     assert tokenizer.decode([2, 3, 1]) == "a b"
+    with pytest.raises(CheckpointError, match="no eos_token"):
+        HuggingFaceTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
