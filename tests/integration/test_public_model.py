@@ -78,6 +78,5 @@ def test_a_public_model_has_the_scores_of_plain_lm_eval(smollm2: Path, tmp_path:
     found = written_scores(tmp_path / "ours.json")
     assert as_summed(found) == pytest.approx(as_summed(expected), rel=1e-6)
     assert {task for task, _ in found} == {*names}
-    assert found["own_copa", "acc"] > 0.5
     assert found["unseen_bits", "bits_per_byte"] < 2, "it has learnt something"
     assert json.loads((tmp_path / "ours.json").read_text())["truncated"] == 0
