@@ -26,7 +26,7 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=5,<6", "tokenizers", "safetensors", "protobuf"],
-        "eval": ["lm-eval==0.4.13", "accelerate"],
+        "eval": ["lm-eval==0.4.13", "accelerate", "scipy"],
         "report": ["matplotlib", "scipy"],
         "logging": ["tensorboard", "wandb"],
         "mpi": ["mpi4py"],

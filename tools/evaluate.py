@@ -4,6 +4,7 @@
 python tools/evaluate.py runs/quickstart --tasks heldout --include-path runs/quickstart/tasks
 python tools/evaluate.py exported --tasks skiplayer24 --data-dir FOLDER-OF-SETS
 torchrun --nproc-per-node 2 tools/evaluate.py RUN --tensor-parallel 2 --tasks piqa
+python tools/evaluate.py RUN --tasks skiplayer24 --data-dir SETS --eval-densities 0.3,0.5,1 --figure out.png
 """
 
 import argparse
@@ -32,11 +33,21 @@ def main() -> None:
                 f"--eval-density={arguments.eval_density} moves the thresholds of a native checkpoint, and "
                 f"{arguments.model} is an export: export again with tools/export_hf.py --eval-density"
             )
+        if arguments.eval_densities is not None:
+            raise ConfigError(
+                f"--eval-densities={arguments.eval_densities} moves the thresholds of a native checkpoint, "
+                f"and {arguments.model} is an export: give the run"
+            )
         if arguments.follow:
             raise ConfigError(
                 f"--follow waits for checkpoints, and {arguments.model} is an export: give a run"
             )
-        report([evaluate_export(arguments.model, tasks, **settings)], arguments.output)
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        report([evaluate_export(arguments.model, tasks, device=device, **settings)], arguments.output)
+    elif arguments.eval_densities is not None:
+        _draw_curve(arguments, tasks, settings)
     else:
         report(_native_results(arguments, tasks, settings), arguments.output)
 
@@ -70,6 +81,12 @@ def _parse() -> argparse.Namespace:
         "routing.eval_density, or as trained)",
     )
     parser.add_argument(
+        "--eval-densities",
+        help="several of them, separated by commas: one table of scores and held-out loss against executed "
+        "operations",
+    )
+    parser.add_argument("--figure", help="draw that table into this PNG file")
+    parser.add_argument(
         "--follow",
         action="store_true",
         help="evaluate every checkpoint of a run until its last, into RUN/evaluations/",
@@ -82,21 +99,13 @@ def _parse() -> argparse.Namespace:
 def _native_results(arguments, tasks, settings):
     """Yields results on the first process."""
     from skipmega.checkpoint.store import Checkpoint
-    from skipmega.config import ParallelConfig
     from skipmega.data.tokenizer import Tokenizer
     from skipmega.evaluation import evaluate_tasks
     from skipmega.inference.native import NativeModel
-    from skipmega.launch.environment import discover_process
     from skipmega.launch.follow import follow_checkpoints
-    from skipmega.parallel.grid import create_grid, end_communication
+    from skipmega.parallel.grid import end_communication
 
-    process = discover_process()
-    grid = create_grid(
-        process,
-        ParallelConfig(
-            tensor_parallel=arguments.tensor_parallel, pipeline_parallel=arguments.pipeline_parallel
-        ),
-    )
+    grid = _grid(arguments)
 
     def evaluate(checkpoint):
         model = NativeModel.load(checkpoint, grid, eval_density=arguments.eval_density)
@@ -111,6 +120,59 @@ def _native_results(arguments, tasks, settings):
         if grid.rank == 0:
             yield result
     end_communication()
+
+
+def _draw_curve(arguments, tasks, settings):
+    from skipmega.checkpoint.store import Checkpoint
+    from skipmega.data.tokenizer import Tokenizer
+    from skipmega.evaluation import evaluate_tasks
+    from skipmega.inspection.curves import plot_density_curve
+    from skipmega.launch.density_curve import measure_curve
+    from skipmega.parallel.grid import end_communication
+
+    if arguments.follow or arguments.eval_density is not None:
+        raise ConfigError("--eval-densities goes with one checkpoint: leave out --follow and --eval-density")
+    try:
+        densities = [float(text) for text in arguments.eval_densities.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--eval-densities={arguments.eval_densities}: give numbers separated by commas, as 0.25,0.5,1"
+        ) from None
+    grid = _grid(arguments)
+    checkpoint = Checkpoint.open(arguments.model)
+    tokenizer = Tokenizer.load(checkpoint.config.data.tokenizer)
+
+    def evaluate(model):
+        return evaluate_tasks(model, tokenizer, tasks, model_name=str(checkpoint.path), **settings)
+
+    curve = measure_curve(checkpoint, grid, densities, evaluate)
+    end_communication()
+    if grid.rank != 0:
+        return
+    print(curve.table())
+    if arguments.output:
+        curve.write_json(arguments.output)
+    if arguments.figure:
+        points = curve.points
+        plot_density_curve(
+            [point.flops for point in points],
+            [point.density for point in points],
+            [point.loss for point in points],
+            {name: [point.scores[name] for point in points] for name in points[0].scores},
+            arguments.figure,
+        )
+
+
+def _grid(arguments):
+    from skipmega.config import ParallelConfig
+    from skipmega.launch.environment import discover_process
+    from skipmega.parallel.grid import create_grid
+
+    sizes = {
+        "tensor_parallel": arguments.tensor_parallel,
+        "pipeline_parallel": arguments.pipeline_parallel,
+    }
+    return create_grid(discover_process(), ParallelConfig(**sizes))
 
 
 if __name__ == "__main__":

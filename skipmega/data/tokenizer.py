@@ -38,8 +38,9 @@ _TRAINER_OPTIONS: dict[str, Any] = {
 class Tokenizer:
     """Text to token ids and back. Special tokens are never made from text, not even from ``"</s>"``.
 
-    ``eod_id`` ends every document (sentencepiece's end of sentence). A foreign model may lack ``bos_id``
-    or ``pad_id``: both are ``eod_id`` then.
+    ``eod_id`` ends every document (sentencepiece's end of sentence), and ``begin_id`` is what the first token
+    of a text is predicted from: the same, as in training. A foreign model may lack ``bos_id`` or ``pad_id``:
+    both are ``eod_id`` then.
     """
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, path: Path, sha256: str) -> None:
@@ -48,6 +49,7 @@ class Tokenizer:
         self.sha256 = sha256
         self.size: int = processor.get_piece_size()
         self.eod_id: int = processor.eos_id()
+        self.begin_id = self.eod_id
         self.bos_id: int = processor.bos_id() if processor.bos_id() >= 0 else self.eod_id
         self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eod_id
 

@@ -4,7 +4,7 @@ Importing this package imports neither lm-eval nor transformers; the evaluating 
 """
 
 from skipmega.evaluation.benchmarks import write_benchmark_tasks
-from skipmega.evaluation.harness import evaluate_export, evaluate_tasks
+from skipmega.evaluation.harness import evaluate_by_lm_eval, evaluate_export, evaluate_tasks
 from skipmega.evaluation.interface import LanguageModel, TextTokenizer
 from skipmega.evaluation.results import EvaluationResult, MetricResult, TaskResult
 from skipmega.evaluation.tasks import write_continuation_task
@@ -15,6 +15,7 @@ __all__ = [
     "MetricResult",
     "TaskResult",
     "TextTokenizer",
+    "evaluate_by_lm_eval",
     "evaluate_export",
     "evaluate_tasks",
     "write_benchmark_tasks",

@@ -24,9 +24,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from skipmega.errors import ConfigError, DataError
+from skipmega.evaluation.effort import Effort, EffortMeter, summarize
 from skipmega.evaluation.interface import LanguageModel, TextTokenizer
 from skipmega.evaluation.reading import Prefix, TextReader
 from skipmega.evaluation.sharing import Cluster, Tokens, cluster_texts
+from skipmega.training.energy import energy_source, of_all_devices
 
 T = TypeVar("T")
 
@@ -58,14 +60,31 @@ class SkipmegaLM(TemplateLM):
         self._batch_size = batch_size
         self._show_progress = show_progress
         self.truncated = 0
+        self._joules = energy_source(model.device)
+        self._meters: dict[str, EffortMeter] = {}
+
+    def efforts(self) -> list[Effort]:
+        """What the requests so far took, by kind; all processes call it together."""
+        model, efforts = self._language_model, []
+        for kind, meter in self._meters.items():
+            joules = of_all_devices(meter.joules, model.device)
+            effort = summarize(kind, model.exchange(meter.batches), joules)
+            if effort is not None:
+                efforts.append(effort)
+        return efforts
 
     @property
     def eot_token_id(self) -> int:
         """The id that ends a text."""
         return self._text_tokenizer.eod_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that a text without a context is conditioned on."""
+        return self._text_tokenizer.begin_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of ``string``; special tokens are never added."""
+        """The ids of ``string``."""
         return self._text_tokenizer.encode(string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -152,14 +171,17 @@ class SkipmegaLM(TemplateLM):
         """Do ``work`` on all texts, in batches of about one length, each on one of the model's replicas; what
         it found by number of request, on every process."""
         model, found, number = self._language_model, {}, 0
+        meter = self._meters.setdefault(label, EffortMeter(label, self._joules))
         with self._progress(len(texts), label) as progress:
             for cluster in cluster_texts(texts) if model.reads_on else [Cluster((), list(texts))]:
                 prefix = Prefix(model, cluster.prefix)
                 by_length = sorted(cluster.texts, key=len, reverse=True)
                 for batch in _batches(by_length, self._batch_size):
                     if number % model.replicas == model.replica:
+                        meter.begin()
                         reader = TextReader(model, prefix, batch, self._batch_size, self.eot_token_id)
                         found.update(work(batch, reader))
+                        meter.end(len(batch), model.take_work())
                     number += 1
                     progress.update(len(batch))
         if model.replicas == 1:
@@ -186,12 +208,12 @@ class SkipmegaLM(TemplateLM):
         if settings.get("do_sample"):
             raise ConfigError(
                 f"generation_kwargs={options} ask for sampling, but decoding is greedy: set "
-                "do_sample: false in the task, or evaluate an export"
+                "do_sample: false in the task, or run lm_eval on an export"
             )
         if unknown := sorted(set(settings) - _GREEDY_KEYS):
             raise ConfigError(
                 f"generation_kwargs has {', '.join(unknown)}, which greedy decoding does not know: remove "
-                f"it from the task (known: {', '.join(sorted(_GREEDY_KEYS))}), or evaluate an export"
+                f"it from the task (known: {', '.join(sorted(_GREEDY_KEYS))}), or run lm_eval on an export"
             )
         budget, length = settings["max_gen_toks"], self._language_model.max_length
         if not 0 < budget < length:

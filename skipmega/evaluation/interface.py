@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from skipmega.inference.work import Work
+
 
 class Cache(Protocol):
     """What a model remembers of a batch of texts."""
@@ -62,6 +64,9 @@ class LanguageModel(Protocol):
             [batch, m, vocab_size] float32 on :attr:`device`.
         """
 
+    def take_work(self) -> Work:
+        """What was read since the last call; the processes of this copy call it together."""
+
     def new_cache(self, batch: int) -> Cache:
         """What :meth:`read` remembers of ``batch`` texts that are still empty."""
 
@@ -75,7 +80,11 @@ class TextTokenizer(Protocol):
 
     @property
     def eod_id(self) -> int:
-        """The id that ends a document; also what a text without a context is conditioned on."""
+        """The id that ends a document."""
+
+    @property
+    def begin_id(self) -> int:
+        """The id that a text without a context is conditioned on."""
 
     @property
     def size(self) -> int:

@@ -1,6 +1,7 @@
 """Reading texts with a model: what they share once, and what follows them after they are read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -8,6 +9,17 @@ from torch import Tensor
 
 from skipmega.evaluation.interface import Cache, LanguageModel
 from skipmega.evaluation.sharing import Tokens
+
+# What is read after a text: its number, and the tokens
+_Row = tuple[int, Tokens]
+
+
+@dataclass
+class _Span:
+    """A continuation that is being scored."""
+
+    log_likelihood: float = 0.0
+    is_greedy: bool = True
 
 
 class Prefix:
@@ -36,7 +48,7 @@ class TextReader:
         model: reads them.
         prefix: how all of them begin.
         texts: whole, prefix included.
-        batch_size: rows in one call of the model.
+        batch_size: texts in one call of the model.
         padding: an id of the vocabulary.
     """
 
@@ -77,29 +89,52 @@ class TextReader:
     def score(self, owners: Sequence[int], continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
         """Log-likelihood (nats) of each continuation after the text of its owner, and whether greedy decoding
         gives it."""
-        scores = [(0.0, True)] * len(owners)
-        if self._cache is not None:
-            scores = [
-                _score_span(self.last_logits[owner], rest[:1])
-                for owner, rest in zip(owners, continuations, strict=True)
-            ]
+        spans = [_Span() for _ in owners]
         known = 0 if self._cache is None else 1
-        asked: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        if known:
+            first = [
+                (place, owner, rest[0])
+                for place, (owner, rest) in enumerate(zip(owners, continuations, strict=True))
+            ]
+            _score_tokens(spans, first, self.last_logits)
+        asked: dict[_Row, list[int]] = {}
         for place, rest in enumerate(continuations):
             if len(rest) > known:
                 asked.setdefault((owners[place], tuple(rest[:-1])), []).append(place)
-        read = sorted(asked, key=lambda row: -len(row[1]))
-        for begin in range(0, len(read), self._batch_size):
-            batch = read[begin : begin + self._batch_size]
-            for row, logits in zip(batch, self._read_after(batch), strict=True):
-                for place in asked[row]:
-                    rest = continuations[place][known:]
-                    log_likelihood, greedy = _score_span(logits[: len(rest)], rest)
-                    before, greedy_before = scores[place]
-                    scores[place] = (before + log_likelihood, greedy_before and greedy)
-        return scores
+        for batch in self._passes(asked):
+            logits = self._read_after(batch)
+            width = logits.shape[1]
+            tokens = [
+                (place, number * width + at, token)
+                for number, row in enumerate(batch)
+                for place in asked[row]
+                for at, token in enumerate(continuations[place][known:])
+            ]
+            _score_tokens(spans, tokens, logits.flatten(0, 1))
+        return [(span.log_likelihood, span.is_greedy) for span in spans]
 
-    def _read_after(self, batch: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
+    def _passes(self, rows: Iterable[_Row]) -> list[list[_Row]]:
+        """Cut ``rows`` into passes, the longest first.
+
+        What follows a text is short, so a pass may have more rows than texts are read at once: as many as
+        remember no more than whole texts would, but beyond ``batch_size`` only if padding is less than half.
+        """
+        ordered = sorted(rows, key=lambda row: -len(row[1]))
+        longest = max((len(self._texts[owner]) + len(rest) for owner, rest in ordered), default=1)
+        most = self._batch_size
+        if self._cache is not None:
+            most = max(most, self._batch_size * self._model.max_length // longest)
+        passes: list[list[_Row]] = []
+        for row in ordered:
+            here = passes[-1] if passes else []
+            fits = here and len(here) < most and 2 * len(row[1]) >= len(here[0][1])
+            if fits or 0 < len(here) < self._batch_size:
+                here.append(row)
+            else:
+                passes.append([row])
+        return passes
+
+    def _read_after(self, batch: Sequence[_Row]) -> Tensor:
         """Logits [batch, longest, vocabulary] after each token that follows the text of its owner; where
         texts are not remembered, after the text's last token too."""
         if self._cache is None:
@@ -128,9 +163,16 @@ def _padded(rows: Sequence[list[int]], padding: int) -> Tensor:
     return torch.tensor([[*row, *[padding] * (longest - len(row))] for row in rows], dtype=torch.int64)
 
 
-def _score_span(logits_sv: Tensor, tokens: list[int]) -> tuple[float, bool]:
-    """Log-likelihood (nats) of ``tokens`` under logits [vocab] or [their number, vocab], and greediness."""
-    targets_s = torch.tensor(tokens, dtype=torch.int64, device=logits_sv.device)
-    log_probs_sv = torch.log_softmax(logits_sv.view(len(tokens), -1), dim=-1)
-    chosen_s = log_probs_sv.gather(1, targets_s.unsqueeze(1))
-    return float(chosen_s.sum()), bool((log_probs_sv.argmax(dim=-1) == targets_s).all())
+def _score_tokens(
+    spans: Sequence["_Span"], tokens: Sequence[tuple[int, int, int]], logits_rv: Tensor
+) -> None:
+    """Add ``tokens``, each (its span, the row of the logits [rows, vocabulary] that predicts it, its id)."""
+    rows = sorted({row for _, row, _ in tokens})
+    row_of = {row: number for number, row in enumerate(rows)}
+    log_probs_rv = torch.log_softmax(logits_rv[rows], dim=-1)
+    likeliest_r = log_probs_rv.argmax(dim=-1).tolist()
+    at = torch.tensor([[row_of[row], token] for _, row, token in tokens], device=logits_rv.device)
+    chosen = log_probs_rv[at[:, 0], at[:, 1]].tolist()
+    for (place, row, token), log_probability in zip(tokens, chosen, strict=True):
+        spans[place].log_likelihood += log_probability
+        spans[place].is_greedy &= likeliest_r[row_of[row]] == token

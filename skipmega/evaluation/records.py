@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,25 @@ def check_task_name(name: str) -> None:
 
 def read_jsonl(path: Path) -> list[Record]:
     """The records of a jsonl file, one or more."""
-    records = []
-    with path.open(encoding="utf-8") as lines:
+    records = [record for _, record in numbered_records(path)]
+    if not records:
+        raise DataError(f"{path} is empty")
+    return records
+
+
+def numbered_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The records of a jsonl file with their line numbers, from 1."""
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number} is not UTF-8: {error}") from None
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise DataError(f"{path}, line {number} is not a JSON object")
-            records.append(record)
-    if not records:
-        raise DataError(f"{path} is empty")
-    return records
+            yield number, record
 
 
 def write_jsonl(path: Path, records: Sequence[Record]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from skipmega.data.files import atomic_write
+from skipmega.evaluation.effort import Effort
 
 _HEADERS = ("task", "version", "shots", "samples", "metric", "", "value", "stderr")
 _NUMBER_COLUMNS = {2, 3, 6, 7}
@@ -80,8 +81,8 @@ class EvaluationResult:
     """One evaluation of one model.
 
     ``averages`` are those of suites, ``missing`` says of each of their tasks that was not evaluated why.
-    ``truncated`` counts the requests that lost their beginning, since they were longer than the model (None
-    where lm-eval's own model does not tell).
+    ``truncated`` counts the requests that lost their beginning, since they were longer than the model, and
+    ``efforts`` say what answering took (None and empty where lm-eval's own model does not tell).
     ``settings`` are the arguments that decide the numbers, ``versions`` those of the software,
     ``seconds`` the wall time of the whole evaluation and ``finished`` its end, UTC, ISO 8601.
     """
@@ -91,6 +92,7 @@ class EvaluationResult:
     averages: list[Average]
     missing: dict[str, str]
     truncated: int | None
+    efforts: list[Effort]
     settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
@@ -123,6 +125,8 @@ class EvaluationResult:
             lines += ["", f"{self.truncated} requests lost their beginning: they are longer than the model"]
         if self.missing:
             lines += ["", *[f"missing: {name}: {reason}" for name, reason in self.missing.items()]]
+        for effort in self.efforts:
+            lines += ["", *effort.describe()]
         return "\n".join(lines)
 
     def write_json(self, path: str | Path) -> None:

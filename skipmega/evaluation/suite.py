@@ -5,7 +5,6 @@ nearly all prompts of a task begin alike, and neither a limit nor the order of q
 """
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError
 from skipmega.config.base import Section
 from skipmega.errors import ConfigError, DataError
 from skipmega.evaluation.benchmarks import benchmark_yaml
-from skipmega.evaluation.records import Record, check_task_name, write_yaml
+from skipmega.evaluation.records import Record, check_task_name, numbered_records, write_yaml
 
 Family = Literal["generation", "understanding"]
 
@@ -41,7 +40,7 @@ class SuiteTask(Section):
 
 
 class Suite(Section):
-    """Tasks by name; ``source`` is the folder its bases beginning with ``./`` are relative to."""
+    """Tasks by name; bases beginning with ``./`` lie in folder ``source``, or beside the shipped suites."""
 
     name: str
     shots: int = Field(ge=0)
@@ -179,6 +178,8 @@ def _based(suite: Suite, full_name: str, task: SuiteTask, data: Record) -> Recor
 def _base_file(suite: Suite, base: str) -> Path:
     if base.startswith("./"):
         path = Path(suite.source) / base
+        if not path.is_file():  # a copy of a shipped suite
+            path = SUITES_DIR / base
     else:
         spec = find_spec("lm_eval")
         if spec is None or spec.origin is None:
@@ -221,18 +222,14 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows with their line numbers; of a parquet file its columns, once."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        schema = parquet.read_schema(path)
-        yield 1, dict.fromkeys(schema.names)
+    if path.suffix == ".jsonl":
+        yield from numbered_records(path)
         return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is not a JSON object")
-            yield number, row
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        schema = parquet.read_schema(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as parquet: {error}") from None
+    yield 1, dict.fromkeys(schema.names)

@@ -8,7 +8,8 @@ from torch import Tensor
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.errors import CheckpointError
 from skipmega.hf.export import verify_export, write_export
-from skipmega.inference.native import NativeModel, with_eval_density
+from skipmega.inference.configuration import with_eval_density
+from skipmega.inference.native import NativeModel
 from skipmega.parallel.grid import create_grid, end_communication
 from skipmega.parallel.process import ProcessInfo
 from skipmega.routing.state import RoutingState

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
-from skipmega.config import RunConfig, build_config, resolve_grid
+from skipmega.config import RunConfig
+from skipmega.data.batches import TokenBatch
+from skipmega.inference.configuration import on_grid, with_eval_density
+from skipmega.inference.work import Work
+from skipmega.kernels.attention import document_starts
 from skipmega.models.cache import KeyValueCache, LayerCache
-from skipmega.models.decoder import DecoderStage, StageChunk
+from skipmega.models.decoder import DecoderStage, StageChunk, StageOutput
 from skipmega.models.layer import LayerContext
 from skipmega.models.rotary import rotary_table
 from skipmega.parallel.grid import ParallelGrid
@@ -42,6 +46,7 @@ class NativeModel:
         self._routing = routing
         self._steps_done = step
         self._before_pass = before_pass
+        self._work = Work()
 
     @classmethod
     def load(
@@ -64,7 +69,7 @@ class NativeModel:
             ConfigError: the model does not fit the grid, or ``eval_density`` has no meaning for it.
             CheckpointError: the checkpoint cannot be read.
         """
-        config = _on_grid(with_eval_density(checkpoint.config, eval_density), grid, precision)
+        config = on_grid(with_eval_density(checkpoint.config, eval_density), grid, precision)
         stage = DecoderStage(config, grid)
         routing = RoutingState(config, stage.routed_layers, torch.device("cpu"))
         weights = {
@@ -107,6 +112,11 @@ class NativeModel:
         torch.distributed.all_gather_object(everything, found, group=self.grid.data.group)
         return everything
 
+    def take_work(self) -> Work:
+        """What this replica read since the last call; its processes call it together."""
+        done, self._work = self._work, Work()
+        return done.on_host(self.grid.pipeline.group if self.grid.pipeline.size > 1 else None)
+
     @property
     def reads_on(self) -> bool:
         """Whether :meth:`new_cache` can be used: whether what a token executes and sees depends on nothing
@@ -133,7 +143,7 @@ class NativeModel:
         padded = torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % group))
         if at is None:
             at = torch.arange(tokens.shape[1]).expand(tokens.shape[0], -1)
-        return self._run(padded, at, None)
+        return self._run(padded, (at.max(dim=1).values + 1).tolist(), at, None)
 
     @torch.no_grad()
     def trace(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,18 +186,60 @@ class NativeModel:
         assert self.reads_on
         if at is None:
             at = torch.tensor(counts).unsqueeze(1) - 1
-        result = self._run(tokens, at, cache)
+        result = self._run(tokens, counts, at, cache)
         cache.lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
         return result
 
-    def _run(self, tokens: Tensor, at: Tensor, cache: KeyValueCache | None) -> Tensor:
+    @torch.no_grad()
+    def held_out_loss(self, batches: Iterator[TokenBatch]) -> float:
+        """Mean loss in nats of the tokens that count, over all replicas, each with micro-batches of its own.
+
+        All processes call it together; it is what training reports of the same micro-batches.
+        """
+        sums = torch.zeros(2, device=self.device)
+        for batch in batches:
+            self._before_pass()
+            rows, length = batch.tokens.shape
+            collected = run_micro_batches(
+                self.stage.chunks,
+                iter([batch.to(self.device)]),
+                self._loss_step,
+                num_micro_batches=1,
+                sequence_length=length,
+                micro_batch_size=rows,
+                backward=False,
+                collect_outputs=True,
+            )
+            if self.grid.is_last_stage:
+                sums += collected[0]
+        torch.distributed.all_reduce(sums, group=self.grid.data.group)
+        loss, tokens = self.grid.broadcast_from_last_stage(sums).tolist()
+        return loss / tokens
+
+    def _loss_step(
+        self, batches: Iterator[TokenBatch], chunk: StageChunk
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        rows, length = batch.tokens.shape
+        since = None if batch.document_ids is None else document_starts(batch.document_ids)
+        positions = torch.arange(length, device=self.device)
+        inputs = self._routing.for_evaluation(self._steps_done, rows, positions)
+        output = chunk(batch.tokens, LayerContext(since, self.config.routing.eval_capacity_factor), inputs)
+        self._work.add([length] * rows, self._executed(output, chunk.layers))
+        if not chunk.is_last:
+            return output.hidden, _output
+        counted = batch.loss_mask.t()
+        losses = self.stage.losses(output.hidden, batch.labels) * counted
+        return torch.stack([losses.sum(), counted.sum()]), _output
+
+    def _run(self, tokens: Tensor, counts: Sequence[int], at: Tensor, cache: KeyValueCache | None) -> Tensor:
         self._before_pass()
         tokens, at = tokens.to(self.device), at.to(self.device)
         batch, length = tokens.shape
         collected = run_micro_batches(
             self.stage.chunks,
             iter([tokens]),
-            partial(self._step, at, cache),
+            partial(self._step, counts, at, cache),
             num_micro_batches=1,
             sequence_length=length,
             micro_batch_size=batch,
@@ -201,7 +253,12 @@ class NativeModel:
         return self.grid.broadcast_from_last_stage(result)
 
     def _step(
-        self, at: Tensor, cache: KeyValueCache | None, batches: Iterator[Tensor], chunk: StageChunk
+        self,
+        counts: Sequence[int],
+        at: Tensor,
+        cache: KeyValueCache | None,
+        batches: Iterator[Tensor],
+        chunk: StageChunk,
     ) -> tuple[Tensor, Callable[..., Any]]:
         tokens = next(batches)
         batch, length = tokens.shape
@@ -214,11 +271,22 @@ class NativeModel:
                 positions = positions.unsqueeze(1) + read
                 context = self._after(context, positions, max(cache.lengths) + length)
         inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
-        hidden = chunk(tokens, context, inputs).hidden
+        output = chunk(tokens, context, inputs)
+        self._work.add(counts, self._executed(output, chunk.layers))
+        hidden = output.hidden
         if not chunk.is_last:
             return hidden, _output
         wanted = at.t().unsqueeze(2).expand(-1, -1, hidden.shape[2])
         return self.stage.logits(hidden.gather(0, wanted)), _output
+
+    def _executed(self, output: StageOutput, here: range) -> Tensor:
+        """bool [layers of the whole model, b, n]: who ran, of the layers ``here``."""
+        length, batch, _ = output.hidden.shape
+        everybody = torch.ones(batch, length, dtype=torch.bool, device=self.device)
+        nobody = torch.zeros_like(everybody)
+        ran = dict.fromkeys(here, everybody)
+        ran |= {layer: record.executed.t() for layer, record in output.records.items()}
+        return torch.stack([ran.get(layer, nobody) for layer in range(self.config.model.num_layers)])
 
     def _after(self, context: LayerContext, positions: Tensor, end: int) -> LayerContext:
         model = self.config.model
@@ -226,45 +294,6 @@ class NativeModel:
         return replace(context, rotary=table, positions=positions)
 
 
-def with_eval_density(config: RunConfig, eval_density: float | None) -> RunConfig:
-    """``config`` with another ``routing.eval_density``; None leaves it as it is.
-
-    Raises:
-        ConfigError: it is no density, or has no meaning for the router.
-    """
-    if eval_density is None:
-        return config
-    routing = config.routing.model_dump() | {"eval_density": eval_density}
-    return build_config(config.model_dump() | {"routing": routing}, source=f"eval_density={eval_density}")
-
-
 def _output(output: Tensor, non_loss_data: bool) -> Tensor:
     assert non_loss_data
     return output
-
-
-def _on_grid(config: RunConfig, grid: ParallelGrid, precision: str) -> RunConfig:
-    """The checkpoint's configuration with the present grid, whose batch arithmetic plays no role."""
-    parallel = config.parallel.model_copy(
-        update={
-            "tensor_parallel": grid.tensor.size,
-            "pipeline_parallel": grid.pipeline.size,
-            "data_parallel": grid.data.size,
-            "zero_stage": 1,
-            "sequence_parallel": False,
-            "context_parallel": 1,
-            "chunks_per_stage": 1,
-            "layers_per_stage": None,
-        }
-    )
-    training = config.training.model_copy(
-        update={
-            "precision": precision,
-            "micro_batch_size": 1,
-            "global_batch_size": grid.data.size,
-            "eval_sequences": grid.data.size,
-        }
-    )
-    routing = config.routing.model_copy(update={"dispatch": "local"})  # replicas are independent
-    changed = {"parallel": parallel, "training": training, "routing": routing}
-    return resolve_grid(config.model_copy(update=changed), grid.world_size)

@@ -24,7 +24,7 @@ class LiveTasks:
 
         Returns:
             ``TASK/METRIC`` and ``SUITE/FAMILY`` of families without a missing set, ``missing`` names those,
-            ``seconds`` what it took.
+            ``seconds`` what it took, ``score/ms_p50`` and others what single inputs did.
         """
         engine, settings = self._engine, self._engine.config.evaluation
         (routing,) = engine.routing
@@ -57,12 +57,13 @@ class LiveTasks:
             for average in result.averages
             if average.complete
         }
+        took = {key: value for effort in result.efforts for key, value in effort.numbers().items()}
         told = {
             "missing": ", ".join(result.missing),
             "truncated": result.truncated,
             "seconds": result.seconds,
         }
-        return {**scores, **averages, **told}
+        return {**scores, **averages, **told, **took}
 
 
 def check_tasks(settings: EvaluationConfig) -> None:

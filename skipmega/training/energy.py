@@ -30,8 +30,10 @@ def energy_source(device: torch.device) -> Callable[[], float] | None:
 def of_all_devices(joules: float | None, device: torch.device) -> float | None:
     """The sum over all processes, each with a device of its own; None if one does not know.
 
-    All processes call it together.
+    All processes call it together; where none have met, there is only this one.
     """
+    if not dist.is_initialized():
+        return joules
     known = torch.tensor([joules or 0.0, float(joules is None)], device=device)
     dist.all_reduce(known)
     total, unknown = known.tolist()

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from skipmega.evaluation import write_continuation_task
-from support.tiny_run import TORCHRUN_2, run_command, unseen_documents
+from support.tiny_run import TORCHRUN_2, records, run_command, unseen_documents
 
 LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alone": ((), ()),
     "tensor": (TORCHRUN_2, ("--tensor-parallel", "2")),
     "pipeline": (TORCHRUN_2, ("--pipeline-parallel", "2")),
+    "data": (TORCHRUN_2, ()),
 }
 
 Scores = dict[tuple[str, str], Any]
@@ -41,7 +42,7 @@ def read_scores(report: Path) -> Scores:
     return {(task["name"], metric["name"]): metric["value"] for task in tasks for metric in task["metrics"]}
 
 
-@pytest.mark.parametrize("name", ["tensor", "pipeline"])
+@pytest.mark.parametrize("name", ["tensor", "pipeline", "data"])
 def test_a_cut_model_has_the_scores_of_one_process(
     evaluated: dict[str, tuple[str, Scores]], name: str
 ) -> None:
@@ -55,3 +56,76 @@ def test_the_table_is_printed_once(evaluated: dict[str, tuple[str, Scores]], nam
     rows = [line.split() for line in printed.splitlines() if line.startswith("unseen")]
     assert [(row[0], row[4]) for row in rows] == list(scores)
     assert [float(row[6]) for row in rows] == pytest.approx(list(scores.values()), rel=1e-4, abs=1e-4)
+
+
+def test_the_speed_against_lm_eval_is_measured(runs_of_2: Path, tmp_path: Path) -> None:
+    tasks = write_continuation_task(
+        unseen_documents(), tmp_path / "tasks", "unseen",
+        max_questions=6, num_examples=4, context_chars=80, continuation_chars=30, rolling_chars=300,
+    )  # fmt: skip
+    options = ["--tasks", ",".join(tasks), "--include-path", tmp_path / "tasks", "--limit", "3"]
+    options += ["--repeats", "1", "--output", tmp_path / "out"]
+    said = run_command("tools/bench_evaluation.py", runs_of_2 / "TP2", *options, HF_HOME=str(tmp_path / "hf"))
+    assert (tmp_path / "out" / "evaluation.md").read_text() in said
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert len(found["seconds"]) == len(found["ratios"]) == 3
+    assert found["documents"] == 6
+    assert found["difference"] < 1e-5
+    assert (tmp_path / "out" / "export" / "config.json").is_file()
+
+
+DENSITIES = (0.2, 0.5, 0.8)  # the second is that of training
+
+
+@pytest.fixture(scope="module")
+def curves(runs_of_2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What was written of one checkpoint at several densities, by launch."""
+    home = tmp_path_factory.mktemp("curves")
+    tasks = write_continuation_task(
+        unseen_documents(), home / "tasks", "unseen",
+        max_questions=6, num_examples=4, context_chars=80, continuation_chars=30, rolling_chars=300,
+    )  # fmt: skip
+    options = ["--tasks", ",".join(tasks), "--include-path", home / "tasks", "--limit", "4"]
+    options += ["--eval-densities", ",".join(map(str, DENSITIES)), "--figure", home / "curve.png"]
+    found = {}
+    for name in ("alone", "pipeline", "data"):
+        launcher, grid = LAUNCHES[name]
+        report = home / f"{name}.json"
+        command = ["tools/evaluate.py", runs_of_2 / "PP2", *options, "--output", report, *grid]
+        printed = run_command(*launcher, *command, HF_HOME=str(home / "hf-home"))
+        found[name] = {"printed": printed, **json.loads(report.read_text())}
+        assert (home / "curve.png").read_bytes().startswith(b"\x89PNG")
+        (home / "curve.png").unlink()
+    return found
+
+
+def test_a_curve_has_a_point_for_each_density(curves: dict[str, Any], runs_of_2: Path) -> None:
+    points = curves["alone"]["points"]
+    assert [point["density"] for point in points] == list(DENSITIES)
+    assert [point["executed"] for point in points] == pytest.approx(DENSITIES, abs=0.15)
+    flops = [point["flops"] for point in points]
+    assert flops == sorted(flops)
+    assert flops[-1] < points[0]["dense_flops"]
+    (_, last) = records(runs_of_2 / "PP2", "eval").values()
+    assert points[1]["loss"] == pytest.approx(last["loss"], rel=1e-6), "the run's own held-out loss"
+    assert points[1]["executed"] == pytest.approx(sum(last["density"]) / len(last["density"]), abs=1e-6)
+    assert len({point["loss"] for point in points}) == 3
+    assert points[0]["scores"].keys() == {"unseen, acc", "unseen_bits, word_perplexity"}
+    rows = [line for line in curves["alone"]["printed"].splitlines() if line.startswith("|")]
+    assert [row.split()[1] for row in rows[2:]] == ["0.2", "0.5", "0.8"]
+
+
+@pytest.mark.parametrize("name", ["pipeline", "data"])
+def test_the_curve_does_not_depend_on_the_grid(name: str, curves: dict[str, Any]) -> None:
+    for found, expected in zip(curves[name]["points"], curves["alone"]["points"], strict=True):
+        scores, others = found.pop("scores"), {**expected}
+        assert scores == pytest.approx(others.pop("scores"), rel=1e-5)
+        assert found == pytest.approx(others, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [*LAUNCHES])
+def test_what_answering_took_is_reported(evaluated: dict[str, tuple[str, Scores]], name: str) -> None:
+    printed, _ = evaluated[name]
+    assert "joules per token not available" in printed, "no device here tells"
+    depth = next(line for line in printed.splitlines() if line.startswith("  layers per token: "))
+    assert 1 < float(depth.split()[3].rstrip(";")) < 4, "of four layers, two of them routed"

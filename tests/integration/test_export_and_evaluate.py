@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
@@ -19,15 +18,24 @@ from skipmega.evaluation import (
     write_benchmark_tasks,
     write_continuation_task,
 )
-from skipmega.evaluation.suite import SUITES_DIR
+from skipmega.evaluation.suite import find_suite, write_suite_tasks
 from skipmega.launch.environment import discover_process
+from support.real_sets import (
+    REAL_SETS,
+    as_summed,
+    copy_sets,
+    needs_real_sets,
+    plain_lm_eval,
+    write_own_suite,
+    written_scores,
+)
 from support.tiny_run import STEPS, run_command, unseen_documents
-from support.worlds import ROOT, run_world
+from support.worlds import run_world
 
-BENCHMARKS = ROOT.parent / "shared" / "eval_data"
-BENCHMARKS_OF = {"triviaqa": "triviaqa_sm_sub", "lambada": "lambada_openai"}  # others have the task's name
-SUITE = ("triviaqa", "copa", "winogrande", "lambada")  # whose answers fit into a model of 64 tokens
-needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason=f"no benchmark files in {BENCHMARKS}")
+# Sets whose answers fit into a model of 64 tokens. The one of SQuAD's kind is there for its F1, and made of
+# another one's questions.
+SUITE = ("triviaqa", "squadv2", "copa", "winogrande", "winograd", "openbookqa", "arc_easy", "lambada")
+QUESTIONS = 12
 DIAL = {None: 0.5, 0.2: 0.2, 0.8: 0.8}  # densities asked for in evaluation, and what should come of them
 DIALLED = {"TP1": "quantile", "zero3": "gumbel"}  # whose checkpoints, and their routers
 TOKENS = torch.randint(0, 512, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -66,23 +74,30 @@ def tasks(home: Path) -> list[str]:
         unseen_documents(), home / "tasks", "unseen",
         max_questions=12, num_examples=4, context_chars=80, continuation_chars=30, rolling_chars=300,
     )  # fmt: skip
-    if BENCHMARKS.is_dir():
-        names += write_benchmark_tasks(BENCHMARKS, home / "tasks", ["boolq", "copa"])
-        names.append(str(write_suite(home)))
+    if REAL_SETS.is_dir():
+        names += write_benchmark_tasks(REAL_SETS, home / "tasks", ["boolq", "copa"])
+        names.append(str(write_own_suite(home / "own.yaml", SUITE, longest_answer=16)))
+        copy_sets(home / "sets", [name for name in SUITE if name != "squadv2"], QUESTIONS)
+        write_squad(home / "sets")
     return names
 
 
-def write_suite(home: Path) -> Path:
-    """Some tasks of the suite, generation among them; twelve questions of each in ``home/sets``."""
-    suite = yaml.safe_load((SUITES_DIR / "skiplayer24.yaml").read_text())
-    suite |= {"name": "suite", "tasks": {name: suite["tasks"][name] for name in SUITE}}
-    (home / "sets").mkdir()
-    for name in SUITE:
-        lines = (BENCHMARKS / f"{BENCHMARKS_OF.get(name, name)}.jsonl").read_text().split("\n")[:12]
-        (home / "sets" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    path = home / "suite.yaml"
-    path.write_text(yaml.safe_dump(suite))
-    return path
+def write_squad(sets: Path) -> None:
+    """A set with the columns of SQuAD v2, of the questions of TriviaQA; every third has no answer."""
+    asked = [json.loads(line) for line in (sets / "triviaqa.jsonl").read_text().splitlines()]
+    rows = [
+        {
+            "title": "trivia",
+            "context": row["answer"],
+            "question": row["context"][-40:],
+            "answers": {"text": row["aliases"] if number % 3 else []},
+        }
+        for number, row in enumerate(asked)
+    ]
+    (sets / "squadv2").mkdir()
+    for split in ("train", "validation"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (sets / "squadv2" / f"{split}.jsonl").write_text(lines)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +181,7 @@ def executed_shares(model: Any, tokens: Tensor) -> dict[int, float]:
 
 
 def settings(home: Path) -> dict[str, Any]:
-    sets = home / "sets" if BENCHMARKS.is_dir() else None
+    sets = home / "sets" if REAL_SETS.is_dir() else None
     return {"num_fewshot": 1, "include_paths": [home / "tasks"], "data_dir": sets, "limit": 40}
 
 
@@ -217,11 +232,22 @@ def test_scores_do_not_depend_on_the_grid(grid: str, alone: dict[str, Any], cut:
         check_scores(found[grid]["native"], alone["native"])
 
 
-@needs_benchmarks
+@needs_real_sets
 def test_benchmarks_were_among_the_scores(alone: dict[str, Any]) -> None:
     found = {task for task, _ in alone["export"]}
-    suite = {f"suite_{name}" for name in SUITE}
+    suite = {f"own_{name}" for name in SUITE}
     assert found == {"unseen", "unseen_bits", "local_boolq", "local_copa"} | suite
+
+
+@needs_real_sets
+def test_scores_of_plain_lm_eval_are_the_native_ones(home: Path, alone: dict[str, Any]) -> None:
+    """Generation (exact match and F1) and ranking, on seven sets."""
+    tasks = write_suite_tasks(find_suite(str(home / "own.yaml")), home / "sets", home / "plain-tasks").tasks
+    assert len(tasks) == len(SUITE)
+    found = plain_lm_eval(home / "exports" / EVALUATED, home / "plain-tasks", tasks, home / "plain")
+    native = {key: value for key, value in alone["native"].items() if key[0].startswith("own_")}
+    assert {("own_squadv2", "f1"), ("own_triviaqa", "exact_match")} <= native.keys()
+    check_scores(found, native)
 
 
 def test_the_export_generates_without_skipmega(home: Path, alone: dict[str, Any]) -> None:
@@ -258,12 +284,5 @@ def test_the_tools_export_and_evaluate(home: Path, runs_of_2: Path, tasks: list[
     assert natively["trained"] != pytest.approx(values, rel=1e-4), "the density does make a difference"
 
 
-def written_scores(report: Path) -> dict[tuple[str, str], float]:
-    tasks = json.loads(report.read_text())["tasks"]
-    return {(task["name"], metric["name"]): metric["value"] for task in tasks for metric in task["metrics"]}
-
-
 def check_scores(found: dict[tuple[str, str], float], expected: dict[tuple[str, str], float]) -> None:
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=0, msg=lambda m, k=key: f"{k}: {m}")
+    assert as_summed(found) == pytest.approx(as_summed(expected), rel=1e-6)

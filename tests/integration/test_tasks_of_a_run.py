@@ -97,6 +97,9 @@ def test_the_run_records_what_a_job_finds_in_its_checkpoints(
         assert "own/understanding" not in record, "cb is missing"
         assert record["own/generation"] == record["own_triviaqa/exact_match"]
         assert record["missing"] == "own_cb"
+        assert 1 < record["generate/layers_per_token"] < 4
+        assert record["generate/ms_p50"] <= record["generate/ms_p99"]
+        assert "generate/joules_per_token" not in record, "no device here tells"
 
 
 def test_asking_does_not_touch_the_training(runs: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from skipmega.inference.work import Work
+
 
 class Alone:
     """The one copy of a model that reads texts whole."""
@@ -16,6 +18,9 @@ class Alone:
     reads_on = False
     replica = 0
     replicas = 1
+
+    def take_work(self) -> Work:
+        return Work()
 
     def exchange(self, found: Any) -> list[Any]:
         return [found]
@@ -81,7 +86,7 @@ class Digests:
 class ByteTokenizer:
     """One id a byte; 256 ends a document."""
 
-    eod_id = 256
+    eod_id = begin_id = 256
     size = 257
 
     def encode(self, text: str) -> list[int]:
@@ -109,7 +114,7 @@ class WrappedTokenizer:
 
     def __init__(self, tokenizer: Any, eod_id: int) -> None:
         self.tokenizer = tokenizer
-        self.eod_id = eod_id
+        self.eod_id = self.begin_id = eod_id
         self.size: int = tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:

@@ -53,8 +53,10 @@ def test_greedy_flag_is_set_for_the_greedy_continuation_alone(make_bigram, byte_
     model = make_bigram()
     adapter = SkipmegaLM(model, byte_tokenizer, 4, show_progress=False)
     model.table[ord("a"), ord("b")] = 100.0
-    scores = adapter.loglikelihood(requests("loglikelihood", [("a", "b"), ("a", "c")]))
-    assert [greedy for _, greedy in scores] == [True, False]
+    model.table[ord("b"), ord("a")] = 100.0
+    pairs = [("a", "b"), ("a", "c"), ("a", "bab"), ("x", "ab"), ("a", "bac")]
+    scores = adapter.loglikelihood(requests("loglikelihood", pairs))
+    assert [greedy for _, greedy in scores] == [True, False, True, False, False]
 
 
 def test_choices_of_one_token_share_a_row(make_bigram, byte_tokenizer):

@@ -126,7 +126,7 @@ def test_every_task_of_the_suite_asks_and_scores(make_bigram, byte_tokenizer, al
 
 
 def test_one_example_is_shared_and_never_the_question(tmp_path):
-    from skipmega.evaluation.harness import _find_tasks, _load_task, _set_shots
+    from skipmega.evaluation.loading import _find_tasks, _load_task, _set_shots
 
     write_rows(tmp_path / "data" / "arc_easy.jsonl", QUESTIONS)
     written = write_suite_tasks(find_suite("skiplayer24"), tmp_path / "data", tmp_path / "tasks")
@@ -249,6 +249,32 @@ def test_rows_that_cannot_be_used_are_refused(file, lines, message, tmp_path):
     write_rows(tmp_path / file, lines)
     with pytest.raises(DataError, match=message):
         write_suite_tasks(find_suite("skiplayer24"), tmp_path, tmp_path / "tasks")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("copa.jsonl", b'{"query": "a"\n', r"copa\.jsonl, line 1 is not JSON"),
+        ("copa.jsonl", b"\n", r"copa\.jsonl, line 1 is not JSON"),
+        ("copa.jsonl", b"", r"copa\.jsonl is empty"),
+        ("copa.jsonl", b'{"query": "a", "choices": ["b", "\xff"], "gold": 0}\n', "line 1 is not UTF-8"),
+        ("cb/validation.jsonl", json.dumps(NLI | {"label": 1}).encode() + b"\n{", "line 2 is not JSON"),
+        ("cb/validation.jsonl", b"\xff\n", r"validation\.jsonl, line 1 is not UTF-8"),
+        ("rte/validation.parquet", b"PAR1, or so it says", r"validation\.parquet cannot be read as parquet"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused(file, content, message, tmp_path):
+    write_rows(tmp_path / "cb" / "train.jsonl", [{**NLI, "label": 0}])
+    write_rows(tmp_path / "rte" / "train.jsonl", [{**NLI, "label": 0}])
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        write_suite_tasks(find_suite("skiplayer24"), tmp_path, tmp_path / "tasks")
+
+
+def test_a_copy_of_the_suite_finds_its_task_files(tmp_path):
+    copy = tmp_path / "copy.yaml"
+    copy.write_text((SUITES_DIR / "skiplayer24.yaml").read_text())
+    assert len(write_suite_tasks(find_suite(str(copy)), None, tmp_path / "tasks").tasks) == len(ROWS)
 
 
 def test_a_set_without_examples_is_refused(tmp_path):

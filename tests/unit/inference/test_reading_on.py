@@ -91,6 +91,26 @@ def test_rows_taken_several_times_go_their_own_ways(model: NativeModel) -> None:
     assert torch.equal(again, found)
 
 
+def test_layers_that_tokens_executed_are_counted_without_padding(model: NativeModel) -> None:
+    records = {}
+
+    def note(stage: Any, inputs: Any, output: Any) -> None:
+        records.update({layer: record.executed for layer, record in output.records.items()})
+
+    model.take_work()
+    rows = texts([7, 4])
+    handle = model.stage.register_forward_hook(note)
+    model.read(model.new_cache(2), padded(rows), [7, 4])
+    handle.remove()
+    work = model.take_work()
+    assert work.tokens == 11
+    expected = [11] * 5
+    for layer, executed in records.items():
+        expected[layer] = int(executed[:7, 0].sum() + executed[:4, 1].sum())
+    assert work.executed == expected
+    assert model.take_work().tokens == 0
+
+
 def test_one_token_at_a_time_beyond_the_room_that_is_kept(model: NativeModel) -> None:
     (text,) = texts([150])
     cache = model.new_cache(1)
