@@ -101,6 +101,8 @@ def test_a_signal_to_every_process_of_the_job_saves_too(disturbed):
 
 
 def signal_and_sleep():
+    """Together: who leaves first takes the meeting point along, which the other may still need."""
+    torch.distributed.barrier()
     send(signal.SIGTERM)
     time.sleep(1000)
 
