@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from skipmega.data.readers import Corpus
-    from skipmega.data.shards import check_shards
+    from skipmega.data.splitting import check_shards
     from skipmega.launch.slurm.data_jobs import DataJob, render_data_jobs, submit_data_jobs
     from skipmega.launch.slurm.profile import load_profile
 

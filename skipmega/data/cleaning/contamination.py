@@ -22,13 +22,18 @@ class _Runs:
     hashes: NDArray[np.uint64]
     examples: NDArray[np.int64]
 
+    def examples_of(self, runs: NDArray[np.uint64]) -> list[int]:
+        places = _places(self.hashes, runs)
+        return self.examples[places[places >= 0]].tolist()
+
 
 class EvaluationTexts:
     """The runs of words of all evaluation sets.
 
     Attributes:
         examples: of each set, how many it has.
-        too_short: of each set, how many have no text of ``shortest`` words or more: they are not searched for.
+        too_short: of each set, how many have no text of ``shortest`` words or more; they are not
+            searched for.
 
     Raises:
         DataError: a set cannot be read, or a line has not the fields.
@@ -63,10 +68,8 @@ class EvaluationTexts:
             shared = runs[_places(known, runs) >= 0]
             if len(shared):
                 for name, sets in self._sets.items():
-                    places = _places(sets[length].hashes, shared) if length in sets else shared[:0]
-                    hits = places[places >= 0] if length in sets else []
-                    if len(hits):
-                        found.setdefault(name, set()).update(sets[length].examples[hits].tolist())
+                    if hits := sets[length].examples_of(shared) if length in sets else []:
+                        found.setdefault(name, set()).update(hits)
         return {name: sorted(numbers) for name, numbers in found.items()}
 
     def _read(self, name: str, evaluation: EvaluationSet, config: DecontaminateConfig) -> dict[int, _Runs]:
@@ -122,7 +125,9 @@ def _texts_of(values: Any, evaluation: EvaluationSet, where: str) -> list[str]:
         elif isinstance(value, list) and all(isinstance(item, str) for item in value):
             texts.extend(value)
         else:
-            raise DataError(f"{where}: field {field!r} holds {type(value).__name__}, not text or a list of it")
+            raise DataError(
+                f"{where}: field {field!r} holds {type(value).__name__}, not text or a list of it"
+            )
     texts.append(" ".join(whole))
     for ignored in evaluation.ignore:
         texts = [text.replace(ignored, " ") for text in texts]
