@@ -1,6 +1,6 @@
-"""Documents out of corpus files: JSON lines (plain, gzip, zstd), parquet, plain text.
+"""Documents out of corpus files: JSON lines, WARC text (both plain, gzip, zstd), parquet, plain text.
 
-The ending of a name decides: ``.jsonl .json .ndjson``, each alone or with ``.gz`` or ``.zst``, and
+The ending of a name decides: ``.jsonl .json .ndjson .wet .warc``, each alone or with ``.gz`` or ``.zst``, and
 ``.parquet``; a file with any other name is one plain-text document. A folder stands for all its files,
 sub-folders included, hidden ones not, in the order of their relative names.
 """
@@ -19,17 +19,20 @@ import pyarrow.parquet
 import zstandard
 
 from skipmega.data.cleaned import is_cleaned, open_cleaned
+from skipmega.data.warc import WarcError, read_conversions
 from skipmega.errors import DataError
 
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
+_WARC = (".wet", ".warc")
 _PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
-_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException)
+_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, WarcError)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its text and where it came from, ``file:line`` (parquet: the row; both from 1)."""
+    """One document: its text and where it came from, ``file:line`` (of parquet the row, of WARC the record;
+    all from 1)."""
 
     text: str
     where: str
@@ -154,6 +157,9 @@ def _read_file(file: SourceFile, text_field: str) -> Iterator[tuple[_Record, int
                 yield from _read_parquet(file, raw, text_field)
             elif kind in _JSON_LINES:
                 yield from _read_json_lines(file.path, raw, compression, text_field)
+            elif kind in _WARC:
+                for number, content in read_conversions(_decompressed(raw, compression)):
+                    yield _checked_text(content, f"{file.path}:{number}"), raw.tell()
             else:
                 content = _decompressed(raw, compression).read()
                 yield _checked_text(content, f"{file.path}:1"), file.size

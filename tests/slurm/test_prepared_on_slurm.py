@@ -53,7 +53,7 @@ def test_an_array_with_a_killed_task_makes_the_files_of_one_process(cluster: Clu
     ended = cluster.wait_for_end(merge, 240)
     logs = {path.name: path.read_text() for path in (tmp_path / "many").glob("data.log-*")}
     assert ended["JobState"] == "COMPLETED", logs
-    assert "shard 3: exit code 137, once more" in logs["data.log-3"]
+    assert "task 3: exit code 137, once more" in logs["data.log-3"]
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes(), path.name
     assert not (tmp_path / "many" / "data.shards").exists()

@@ -1,6 +1,8 @@
 """Keys that equal documents share: one for all of their text, and one for each band of its MinHashes."""
 
 import hashlib
+import os
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,7 +61,8 @@ class KeyMaker:
 class KeyWriter:
     """Writes keys so that those of a partition can be read alone.
 
-    A file is a sequence of chunks: where each partition's rows begin (int64 [partitions + 1]), then the rows.
+    A file is a sequence of chunks: how many rows each partition has and their CRC-32 (int64 [2, partitions]),
+    then the rows.
     """
 
     def __init__(self, stream: BinaryIO, partitions: int) -> None:
@@ -83,27 +86,27 @@ class KeyWriter:
         partition = _partition(rows["key"], self._partitions)
         rows = rows[np.argsort(partition, kind="stable")]
         counts = np.bincount(partition, minlength=self._partitions)
-        np.concatenate([[0], np.cumsum(counts)]).astype("<i8").tofile(self._stream)
-        rows.tofile(self._stream)
+        sums = [zlib.crc32(part.tobytes()) for part in np.split(rows, np.cumsum(counts)[:-1])]
+        self._stream.write(np.array([counts, sums], "<i8").tobytes() + rows.tobytes())
 
 
 def read_keys(path: Path, partition: int, partitions: int) -> NDArray[Any]:
     """The rows of one partition, in the order of their documents.
 
     Raises:
-        DataError: the file cannot be read, or ends within a chunk.
+        DataError: the file cannot be read, or is damaged.
     """
-    found, header = [], 8 * (partitions + 1)
+    found = []
     try:
         with path.open("rb") as stream:
-            while head := stream.read(header):
-                places = np.frombuffer(head, "<i8")
-                start, first, end = stream.tell(), int(places[partition]), int(places[partition + 1])
-                stream.seek(start + first * ROW.itemsize)
-                found.append(np.frombuffer(stream.read((end - first) * ROW.itemsize), ROW))
-                if len(found[-1]) != end - first:
-                    raise DataError(f"{path} is truncated: remove it and its record, and clean again")
-                stream.seek(start + int(places[-1]) * ROW.itemsize)
+            while head := stream.read(16 * partitions):
+                counts, sums = np.frombuffer(head, "<i8").reshape(2, partitions)
+                stream.seek(int(counts[:partition].sum()) * ROW.itemsize, os.SEEK_CUR)
+                content = stream.read(int(counts[partition]) * ROW.itemsize)
+                if zlib.crc32(content) != sums[partition]:
+                    raise ValueError(f"the rows that end at byte {stream.tell()} are not those written")
+                found.append(np.frombuffer(content, ROW))
+                stream.seek(int(counts[partition + 1 :].sum()) * ROW.itemsize, os.SEEK_CUR)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}, it is damaged or unreadable: {error}") from None
     return np.concatenate(found) if found else np.empty(0, ROW)

@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from skipmega.data.cleaning.config import CleaningConfig
 from skipmega.data.cleaning.records import TaskRecord
 from skipmega.data.cleaning.report import CleaningReport, write_report
-from skipmega.data.cleaning.stages import STAGES, count_tasks, run_task
+from skipmega.data.cleaning.stages import STAGES, check_cleaning, count_tasks, run_task
 from skipmega.errors import DataError
 
 
@@ -18,6 +18,7 @@ def clean(config: CleaningConfig, workers: int) -> CleaningReport:
     Raises:
         DataError, ConfigError: as :func:`skipmega.data.cleaning.stages.run_task`; or a process died.
     """
+    check_cleaning(config)
     for stage in STAGES:
         tasks = range(count_tasks(config, stage))
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))

@@ -116,6 +116,21 @@ def check_size(path: Path, file: FileRecord, mend: str) -> None:
         raise DataError(f"{path} has {size} bytes, its record says {file.bytes}: {mend}")
 
 
+def check_content(folder: Path, record: TaskRecord) -> None:
+    """Refuse results of a task that are not what it wrote, to the last bit.
+
+    Raises:
+        DataError: naming the file.
+    """
+    for name, file in record.files.items():
+        found = sha256_of(folder / name)
+        if found != file.sha256:
+            raise DataError(
+                f"{folder / name} is damaged or another: its SHA-256 is {found}, its record says {file.sha256}; "
+                f"remove {task_path(folder, record.stage, record.number)} and clean again"
+            )
+
+
 def need_record(folder: Path, stage: StageName, number: int) -> TaskRecord:
     """The record of a task on which others build.
 

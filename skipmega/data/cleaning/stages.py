@@ -22,6 +22,7 @@ from skipmega.data.cleaning.records import (
     StageName,
     Tally,
     TaskRecord,
+    check_content,
     check_made_of,
     code_hash,
     need_record,
@@ -34,7 +35,7 @@ from skipmega.data.cleaning.texts import read_texts, write_texts
 from skipmega.data.files import atomic_write
 from skipmega.data.manifest import SourceRecord
 from skipmega.data.readers import Corpus
-from skipmega.data.splitting import split_files
+from skipmega.data.splitting import check_shards, split_files
 from skipmega.errors import DataError
 
 STAGES: tuple[StageName, ...] = ("filter", "match", "sift")
@@ -44,6 +45,23 @@ _DUPLICATE = np.dtype([("shard", "<u4"), ("document", "<u4"), ("exact", "?")])
 def count_tasks(config: CleaningConfig, stage: StageName) -> int:
     """How many tasks a stage has, numbered from 0."""
     return config.deduplicate.partitions if stage == "match" else config.shards
+
+
+def check_cleaning(config: CleaningConfig) -> None:
+    """Refuse before any work what the work would refuse.
+
+    Raises:
+        DataError: the output lies in the input, which cannot be cut into the shards, or an evaluation set
+            cannot be read.
+        ConfigError: a rule that cannot be.
+    """
+    output = Path(config.output).resolve()
+    for path in config.input:
+        if output.is_relative_to(Path(path).resolve()):
+            raise DataError(f"output={config.output} lies in input {path} and would be read too: move it")
+    check_shards(Corpus(config.input), config.shards)
+    Rules(config.filter)
+    EvaluationTexts(config.decontaminate)
 
 
 def run_task(config: CleaningConfig, stage: StageName, number: int) -> TaskRecord:
@@ -160,6 +178,7 @@ def _sift(config: CleaningConfig, shard: int) -> TaskRecord:
     }
 
     def do() -> dict[str, Any]:
+        check_content(folder, before)
         evaluation, given = EvaluationTexts(config.decontaminate), Tally()
         duplicates = _duplicates_of(config, shard)
         found: dict[str, set[int]] = {name: set() for name in evaluation.examples}
@@ -190,9 +209,10 @@ def _sift(config: CleaningConfig, shard: int) -> TaskRecord:
 
 
 def _duplicates_of(config: CleaningConfig, shard: int) -> dict[int, str]:
-    reasons: dict[int, str] = {}
+    folder, reasons = Path(config.output), dict[int, str]()
     for partition in range(config.deduplicate.partitions):
-        rows = np.fromfile(_part(Path(config.output), "duplicates", partition), _DUPLICATE)
+        check_content(folder, need_record(folder, "match", partition))
+        rows = np.fromfile(_part(folder, "duplicates", partition), _DUPLICATE)
         for document, exact in rows[rows["shard"] == shard][["document", "exact"]].tolist():
             if exact or document not in reasons:
                 reasons[document] = "duplicate: exact" if exact else "duplicate: near"
