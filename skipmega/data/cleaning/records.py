@@ -122,12 +122,13 @@ def check_content(folder: Path, record: TaskRecord) -> None:
     Raises:
         DataError: naming the file.
     """
+    record_file = task_path(folder, record.stage, record.number)
     for name, file in record.files.items():
         found = sha256_of(folder / name)
         if found != file.sha256:
             raise DataError(
-                f"{folder / name} is damaged or another: its SHA-256 is {found}, its record says {file.sha256}; "
-                f"remove {task_path(folder, record.stage, record.number)} and clean again"
+                f"{folder / name} is damaged or another: its SHA-256 is {found}, {record_file} says "
+                f"{file.sha256}: remove that record and clean again"
             )
 
 
