@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skipmega.config import load_model
 from skipmega.data.cleaning.config import CleaningConfig
 from skipmega.data.cleaning.keys import KeyMaker
 from skipmega.data.cleaning.local import clean
@@ -229,3 +230,12 @@ def test_what_cannot_be_is_refused_before_any_work(cleaning: CleaningConfig, tmp
     assert "shortest=20 must be at most ngram=13" in refused(decontaminate={"shortest": 20})
     with pytest.raises(DataError, match="task 3 of stage filter: there are 3, numbered from 0"):
         run_task(cleaning, "filter", 3)
+
+
+def test_a_misspelt_field_is_named_with_the_right_one(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("input: [x]\noutput: y\ndecontaminate: {sets: {a: {path: z, feilds: [q]}}}")
+    with pytest.raises(ConfigError) as error:
+        load_model(CleaningConfig, path, ["deduplicate.bandz=3"])
+    assert "deduplicate.bandz: no such field; did you mean deduplicate.bands?" in str(error.value)
+    assert "did you mean decontaminate.sets.a.fields?" in str(error.value)
