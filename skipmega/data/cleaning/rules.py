@@ -36,7 +36,7 @@ class Rules:
         except ImportError as error:
             raise ConfigError(
                 f"filter.rules needs datatrove and its cutter of words ({error}): "
-                "pip install 'skipmega[prepare]', or leave the rules out"
+                "pip install -e '.[prepare]', or leave the rules out"
             ) from None
         except ValueError as error:
             raise ConfigError(f"filter.language={config.language}: {error}") from None

@@ -9,7 +9,7 @@ from skipmega.data.cleaning.rules import Rules
 from skipmega.data.readers import Document
 from skipmega.errors import ConfigError, DataError
 
-pytest.importorskip("datatrove", reason="the rules are datatrove's: pip install 'skipmega[prepare]'")
+pytest.importorskip("datatrove", reason="the rules are datatrove's: pip install -e '.[prepare]'")
 
 PROSE = " ".join(
     f"The {n} cats of the house that have to be with their friends went out and came home at {n} o'clock."
