@@ -33,7 +33,7 @@ $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[hf,eval,report,logging,mpi,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[hf,eval,prepare,report,logging,mpi,dev]'
 	touch $@
 
 clean:

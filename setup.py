@@ -27,6 +27,7 @@ setup(
     extras_require={
         "hf": ["transformers>=5,<6", "tokenizers", "safetensors", "protobuf"],
         "eval": ["lm-eval==0.4.13", "accelerate", "scipy"],
+        "prepare": ["datatrove>=0.10,<0.11", "spacy>=3.8,<4", "regex"],
         "report": ["matplotlib", "scipy"],
         "logging": ["tensorboard", "wandb"],
         "mpi": ["mpi4py"],

@@ -36,27 +36,22 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from skipmega.data.readers import Corpus
-    from skipmega.data.shards import check_shards
-    from skipmega.launch.slurm.data_jobs import DataJob, render_data_jobs, submit_data_jobs
+    from skipmega.data.splitting import check_shards
+    from skipmega.launch.slurm.data_jobs import DataJob, preparation, render_data_jobs, submit_data_jobs
     from skipmega.launch.slurm.profile import load_profile
 
     check_shards(Corpus(arguments.input), arguments.shards)
     options = ["--tokenizer", arguments.tokenizer, "--text-field", arguments.text_field]
     options += ["--valid-fraction", str(arguments.valid_fraction), *["--skip-bad"] * arguments.skip_bad]
-    job = DataJob(
-        name=arguments.output.name,
-        output=arguments.output,
-        options=[*arguments.input, *options],
-        shards=arguments.shards,
-        workers=arguments.workers,
-        time=arguments.time,
-    )
+    output = arguments.output.absolute()
+    steps = preparation(output, [*arguments.input, *options], arguments.shards, arguments.workers)
+    job = DataJob(output, steps, arguments.workers, arguments.time)
     profile = load_profile(arguments.profile)
     if arguments.dry_run:
         print("\n".join(render_data_jobs(job, profile, ROOT)))
         return
     array, merge = submit_data_jobs(job, profile, ROOT)
-    print(f"array {array} of {job.shards} shards, job {merge} joins them\nlogs {job.output}.log-*")
+    print(f"array {array} of {arguments.shards} shards, job {merge} joins them\nlogs {output}.log-*")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "input",
         nargs="*",
-        help="folders and files: .jsonl (also .gz, .zst), .parquet, anything else is one text document",
+        help="folders and files: .jsonl and .wet (also .gz, .zst), .parquet, what tools/clean_data.py made; "
+        "any other file is one text document",
     )
     parser.add_argument("--output", required=True, help="path of the data set, without an ending")
     parser.add_argument("--tokenizer", help="the .model file")

@@ -2,7 +2,7 @@
 
 from skipmega.config.consistency import check_consistency
 from skipmega.config.fit import resolve_grid
-from skipmega.config.loader import build_config, dump_config, load_config, parse_override
+from skipmega.config.loader import build_config, dump_config, load_config, load_model, parse_override
 from skipmega.config.routing import DensityRamp, RoutingConfig
 from skipmega.config.run import RunConfig, resolve_vocabulary
 from skipmega.config.sections import (
@@ -38,6 +38,7 @@ __all__ = [
     "check_consistency",
     "dump_config",
     "load_config",
+    "load_model",
     "parse_override",
     "resolve_grid",
     "resolve_vocabulary",

@@ -7,7 +7,7 @@ wins over them, command-line overrides over all. Mappings merge key by key, ever
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,8 @@ from pydantic_core import ErrorDetails
 from skipmega.config.consistency import check_consistency
 from skipmega.config.run import RunConfig
 from skipmega.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,10 +46,16 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     Raises:
         ConfigError: missing file, unknown key, wrong type or impossible combination.
     """
-    merged = _read_with_defaults(Path(path), ()) if path is not None else {}
-    for override in overrides or []:
-        _merge(merged, parse_override(override))
-    return build_config(merged, source=str(path) if path is not None else "the list of overrides")
+    return build_config(*_read(path, overrides))
+
+
+def load_model(model: type[Model], path: str | Path, overrides: list[str] | None = None) -> Model:
+    """Read, merge and check a YAML file that describes something else than a run.
+
+    Raises:
+        ConfigError: missing file, unknown key or wrong type.
+    """
+    return _validate(model, *_read(path, overrides))
 
 
 def build_config(values: dict[str, Any], source: str) -> RunConfig:
@@ -56,11 +64,7 @@ def build_config(values: dict[str, Any], source: str) -> RunConfig:
     Raises:
         ConfigError: every problem found, one a line, each with field, value, what is allowed, nearest name.
     """
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise ConfigError(f"{source} is not a valid configuration:\n  " + "\n  ".join(lines)) from None
+    config = _validate(RunConfig, values, source)
     check_consistency(config)
     return config
 
@@ -90,6 +94,22 @@ def parse_override(override: str) -> dict[str, Any]:
         value = {part: value}
     assert isinstance(value, dict)
     return value
+
+
+def _read(path: str | Path | None, overrides: list[str] | None) -> tuple[dict[str, Any], str]:
+    """The values of a file and overrides, and what to call them in messages."""
+    merged = _read_with_defaults(Path(path), ()) if path is not None else {}
+    for override in overrides or []:
+        _merge(merged, parse_override(override))
+    return merged, str(path) if path is not None else "the list of overrides"
+
+
+def _validate(model: type[Model], values: dict[str, Any], source: str) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(detail, model) for detail in error.errors()]
+        raise ConfigError(f"{source} is not a valid configuration:\n  " + "\n  ".join(lines)) from None
 
 
 def _read_with_defaults(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -126,12 +146,12 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> None:
             base[key] = value
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """One pydantic error as: field, value, what is allowed, nearest right name."""
     location = list(detail["loc"])
     field = ".".join(str(part) for part in location)
     if detail["type"] == "extra_forbidden":
-        known = _field_names(location[:-1])
+        known = _field_names(location[:-1], model)
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*map(str, location[:-1]), near[0]])}? " if near else ""
         return f"{field}: no such field; {hint}known here: {', '.join(known)}"
@@ -141,14 +161,16 @@ def _explain(detail: ErrorDetails) -> str:
     return f"{field}={detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
-def _field_names(location: list[str | int]) -> list[str]:
-    model: type[BaseModel] = RunConfig
+def _field_names(location: list[str | int], model: type[BaseModel]) -> list[str]:
+    inside_mapping = False
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or inside_mapping:
+            inside_mapping = False
             continue
         annotation = model.model_fields[part].annotation
         arguments = getattr(annotation, "__args__", None)
-        candidate = arguments[0] if arguments else annotation
+        inside_mapping = getattr(annotation, "__origin__", None) is dict
+        candidate = (arguments[-1] if inside_mapping else arguments[0]) if arguments else annotation
         assert isinstance(candidate, type)
         assert issubclass(candidate, BaseModel)
         model = candidate

@@ -1,11 +1,13 @@
 """What a manifest says, and how two differ, for people."""
 
+from collections.abc import Mapping
+
 from skipmega.data.manifest import Manifest, manifest_path, read_manifest
 from skipmega.errors import DataError
 
 _COMPARED = (
     "skipmega_version", "part", "valid_fraction", "documents", "tokens", "text_bytes", "max_token_id",
-    "dtype", "empty_documents", "bad_records", "text_field", "shuffle_seed",
+    "dtype", "empty_documents", "bad_records", "text_field", "shuffle_seed", "cleaned",
 )  # fmt: skip
 
 
@@ -24,6 +26,19 @@ def listed(prefix: str) -> Manifest:
 def describe(prefix: str) -> str:
     """A pair in a few lines: what it holds, what was dropped, what made it."""
     found = listed(prefix)
+    lines = [
+        f"  cleaned in {cleaning.path} ({cleaning.sha256[:12]}): of {cleaning.given} documents "
+        f"{cleaning.kept} kept; {_listed_counts(cleaning.dropped)}"
+        for cleaning in found.cleaned
+    ]
+    return "\n".join((_describe_pair(prefix, found), *lines))
+
+
+def _listed_counts(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "nothing dropped"
+
+
+def _describe_pair(prefix: str, found: Manifest) -> str:
     shuffled = "in the corpus's order" if found.shuffle_seed is None else f"shuffled by {found.shuffle_seed}"
     return (
         f"{prefix}: {found.documents} documents, {found.tokens} tokens of {found.dtype} ({found.bin.bytes} "

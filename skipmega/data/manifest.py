@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from skipmega.errors import DataError
 
+CLEANING_FILE = "cleaning.json"
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,13 +36,38 @@ class TokenizerRecord(_Record):
     eod_id: int
 
 
+class CleanedFiles(BaseModel):
+    """The part of ``cleaning.json`` that tells the clean text: its ``files``, by their path beside it, and
+    how many documents were ``given``, ``kept``, and ``dropped``, by reason."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: Literal[1] = 1
+    files: dict[str, FileRecord]
+    given: int
+    kept: int
+    dropped: dict[str, int]
+
+
+class CleaningRecord(_Record):
+    """What tools/clean_data.py did to a corpus before: ``sha256`` of its ``cleaning.json``, and the
+    documents that it was given, kept, and dropped, by reason."""
+
+    path: str
+    sha256: str
+    given: int
+    kept: int
+    dropped: dict[str, int]
+
+
 class Manifest(_Record):
     """Contents and origin of one ``.bin``/``.idx`` pair.
 
     ``documents``, ``tokens`` (ends of documents included), ``text_bytes`` (UTF-8) and ``max_token_id``
     describe the pair; ``empty_documents`` and ``bad_records`` were skipped in ``sources``, which may also
     have filled a second pair: ``part`` says which share of them this is. ``shuffle_seed`` is that of
-    its documents' order, None where that is the corpus's.
+    its documents' order, None where that is the corpus's. ``cleaned`` are the cleanings of which the corpus
+    is the result.
     """
 
     format: Literal[1] = 1
@@ -60,6 +87,7 @@ class Manifest(_Record):
     sources: tuple[SourceRecord, ...]
     tokenizer: TokenizerRecord
     shuffle_seed: int | None = None
+    cleaned: tuple[CleaningRecord, ...] = ()
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -216,6 +216,7 @@ class PairWriter:
             tokenizer=TokenizerRecord(
                 sha256=tokenizer.sha256, vocab_size=tokenizer.size, eod_id=tokenizer.eod_id
             ),
+            cleaned=corpus.cleaned,
         )
         manifest_file.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for file in self._partial:

@@ -1,6 +1,6 @@
-"""Documents out of corpus files: JSON lines (plain, gzip, zstd), parquet, plain text.
+"""Documents out of corpus files: JSON lines, WARC text (both plain, gzip, zstd), parquet, plain text.
 
-The ending of a name decides: ``.jsonl .json .ndjson``, each alone or with ``.gz`` or ``.zst``, and
+The ending of a name decides: ``.jsonl .json .ndjson .wet .warc``, each alone or with ``.gz`` or ``.zst``, and
 ``.parquet``; a file with any other name is one plain-text document. A folder stands for all its files,
 sub-folders included, hidden ones not, in the order of their relative names.
 """
@@ -18,16 +18,21 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from skipmega.data.cleaned import is_cleaned, open_cleaned
+from skipmega.data.warc import WarcError, read_conversions
 from skipmega.errors import DataError
 
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
+_WARC = (".wet", ".warc")
 _PARQUET_ROWS = 1024
 _CHUNK_BYTES = 1 << 20
+_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, WarcError)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its text and where it came from, ``file:line`` (parquet: the row; both from 1)."""
+    """One document: its text and where it came from, ``file:line`` (of parquet the row, of WARC the record;
+    all from 1)."""
 
     text: str
     where: str
@@ -46,7 +51,8 @@ class Corpus:
 
     Iterating reads everything from the start. While it runs, ``bytes_read`` tells how many of the
     ``total_bytes`` on disk have been consumed, ``bad_records`` how many records were skipped, ``last_bad``
-    why the latest of them was.
+    why the latest of them was. Of a folder that tools/clean_data.py has made, its clean text is read;
+    ``cleaned`` says what was done to it.
 
     Args:
         paths: files and folders, read in this order.
@@ -61,7 +67,10 @@ class Corpus:
     def __init__(
         self, paths: Sequence[str | Path], *, text_field: str = "text", skip_bad: bool = False
     ) -> None:
-        self.files = tuple(file for path in paths for file in _list_files(Path(path)))
+        cleaned = {path: open_cleaned(Path(path)) for path in paths if is_cleaned(Path(path))}
+        self.cleaned = tuple(record for _, record in cleaned.values())
+        named = (file for path in paths for file in (cleaned[path][0] if path in cleaned else [path]))
+        self.files = tuple(file for path in named for file in _list_files(Path(path)))
         self.total_bytes = sum(file.size for file in self.files)
         if self.total_bytes == 0:
             names = ", ".join(map(str, paths)) or "no path was given"
@@ -124,6 +133,19 @@ def _list_files(path: Path) -> list[SourceFile]:
     return [SourceFile(path / name, (path / name).stat().st_size) for name in visible]
 
 
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file that may be compressed.
+
+    Raises:
+        DataError: it is damaged or unreadable.
+    """
+    try:
+        with path.open("rb") as raw:
+            yield from _decompressed(raw, path.suffix)
+    except _UNREADABLE as error:
+        raise DataError(f"cannot read {path}, it is damaged or unreadable: {error}") from None
+
+
 def _read_file(file: SourceFile, text_field: str) -> Iterator[tuple[_Record, int]]:
     """Records of one file, each with the bytes on disk consumed so far."""
     suffixes = [suffix.lower() for suffix in file.path.suffixes]
@@ -135,10 +157,13 @@ def _read_file(file: SourceFile, text_field: str) -> Iterator[tuple[_Record, int
                 yield from _read_parquet(file, raw, text_field)
             elif kind in _JSON_LINES:
                 yield from _read_json_lines(file.path, raw, compression, text_field)
+            elif kind in _WARC:
+                for number, content in read_conversions(_decompressed(raw, compression)):
+                    yield _checked_text(content, f"{file.path}:{number}"), raw.tell()
             else:
                 content = _decompressed(raw, compression).read()
                 yield _checked_text(content, f"{file.path}:1"), file.size
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+    except _UNREADABLE as error:
         raise DataError(f"cannot read {file.path}, it is damaged or unreadable: {error}") from None
 
 

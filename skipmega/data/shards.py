@@ -6,6 +6,7 @@ from pathlib import Path
 from skipmega.data.manifest import Manifest, SourceRecord, read_manifest
 from skipmega.data.prepare import PreparedPair, finish_pairs, new_pairs, pair_targets, prepare_dataset
 from skipmega.data.readers import Corpus, SourceFile
+from skipmega.data.splitting import split_files
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 
@@ -34,7 +35,7 @@ def prepare_shard(
         DataError: there is no such shard, more shards than files, what is there was made of something else,
             or the corpus is unreadable.
     """
-    files = _files(corpus, shards)
+    files = split_files(corpus, shards)
     if not 0 <= shard < shards:
         raise DataError(f"shard {shard} of {shards}: number them from 0 to {shards - 1}")
     if not files[shard]:
@@ -67,7 +68,7 @@ def merge_shards(
         DataError: a shard is missing, or was made of other files or with another tokenizer; a result exists.
     """
     finished = []
-    for shard, files in enumerate(_files(corpus, shards)):
+    for shard, files in enumerate(split_files(corpus, shards)):
         target = _shard_prefix(prefix, shard, shards)
         done: list[PreparedPair] = []
         if files:
@@ -89,19 +90,6 @@ def merge_shards(
     return merged
 
 
-def check_shards(corpus: Corpus, shards: int) -> None:
-    """Refuse a number of shards that the corpus cannot be cut into.
-
-    Raises:
-        DataError: there are fewer files.
-    """
-    if not 1 <= shards <= len(corpus.files):
-        raise DataError(
-            f"{shards} shards of a corpus of {len(corpus.files)} files: a file is not cut, so use 1 to "
-            f"{len(corpus.files)} shards, or cut the corpus into more files"
-        )
-
-
 def shards_folder(prefix: Path) -> Path:
     """Where the shards of a preparation are."""
     return prefix.with_name(f"{prefix.name}.shards")
@@ -109,18 +97,6 @@ def shards_folder(prefix: Path) -> Path:
 
 def _shard_prefix(prefix: Path, shard: int, shards: int) -> Path:
     return shards_folder(prefix) / f"{shard:04d}-of-{shards:04d}"
-
-
-def _files(corpus: Corpus, shards: int) -> list[list[SourceFile]]:
-    """The corpus's files by shard, in order; a file is where its middle is."""
-    check_shards(corpus, shards)
-    result: list[list[SourceFile]] = [[] for _ in range(shards)]
-    start = 0
-    for file in corpus.files:
-        if file.size:
-            result[shards * (2 * start + file.size) // (2 * corpus.total_bytes)].append(file)
-        start += file.size
-    return result
 
 
 def _finished(

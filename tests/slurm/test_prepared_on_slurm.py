@@ -1,4 +1,4 @@
-"""A corpus tokenized by an array of jobs, one of which is killed."""
+"""A corpus cleaned and tokenized by arrays of jobs, one of which is killed."""
 
 import json
 import subprocess
@@ -53,7 +53,31 @@ def test_an_array_with_a_killed_task_makes_the_files_of_one_process(cluster: Clu
     ended = cluster.wait_for_end(merge, 240)
     logs = {path.name: path.read_text() for path in (tmp_path / "many").glob("data.log-*")}
     assert ended["JobState"] == "COMPLETED", logs
-    assert "shard 3: exit code 137, once more" in logs["data.log-3"]
+    assert "task 3: exit code 137, once more" in logs["data.log-3"]
     for path in (tmp_path / "one").iterdir():
         assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes(), path.name
     assert not (tmp_path / "many" / "data.shards").exists()
+
+
+def test_a_cleaning_by_arrays_is_that_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(3):
+        lines = [json.dumps({"text": f"document {number * place}"}) for place in range(4)]
+        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+    config, site = tmp_path / "c.yaml", tmp_path / "site.yaml"
+    config.write_text(
+        f"input: [{folder}]\nshards: 3\noutput: {tmp_path}/one\ndeduplicate: {{partitions: 2}}\n"
+    )
+    site.write_text(yaml.safe_dump({"python": sys.executable, "partition": "low"}))
+    run(sys.executable, "tools/clean_data.py", str(config))
+    options = [str(config), f"output={tmp_path}/many", "--time", "5", "--profile", str(site)]
+    printed = run(sys.executable, "slurm/clean_data.py", *options)
+
+    ended = cluster.wait_for_end(int(printed.split("; ")[1].split()[0]), 240)
+    logs = {path.name: path.read_text() for path in tmp_path.glob("many.log-*")}
+    assert ended["JobState"] == "COMPLETED", logs
+    texts = sorted((tmp_path / "one" / "text").iterdir())
+    assert len(texts) == 3
+    for path in texts:
+        assert (tmp_path / "many" / "text" / path.name).read_bytes() == path.read_bytes(), logs
