@@ -3,10 +3,10 @@
 from pydantic import Field
 
 from skipmega.config.base import Section
+from skipmega.config.data import DataConfig
 from skipmega.config.routing import DensityRamp, RoutingConfig
 from skipmega.config.sections import (
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     LoggingConfig,
     ModelConfig,

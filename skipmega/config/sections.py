@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from skipmega.config.base import Section
-from skipmega.config.mixture import check_mixture
 
 
 class ModelConfig(Section):
@@ -126,67 +125,6 @@ class ParallelConfig(Section):
                 "sequence_parallel=true cuts tokens over tensor-parallel ranks, and tensor_parallel=1 leaves "
                 "one: raise tensor_parallel, or leave sequence_parallel out"
             )
-        return self
-
-
-class DataSource(Section):
-    """A tokenized data set: the path of its .bin/.idx pair without the ending, and its blending weight.
-
-    With ``data.order=stream`` the path may be a pattern (``web-*``), which stands for all pairs that it fits,
-    in the order of their names; ``name`` (left out: the path's last part) is how mixtures, logs and the order
-    of samples know it, and a run that would read it more than ``max_epochs`` times is refused.
-    """
-
-    path: str
-    weight: float = Field(1.0, ge=0)
-    name: str | None = None
-    max_epochs: float | None = Field(None, gt=0)
-
-    @property
-    def label(self) -> str:
-        """What the source is called."""
-        return self.name or self.path.rsplit("/", 1)[-1]
-
-
-class MixtureStage(Section):
-    """Weights of sources, by name, from that many tokens of the run on; sources not named rest."""
-
-    from_tokens: int = Field(ge=1)
-    weights: dict[str, float]
-
-
-class DataConfig(Section):
-    """What the model reads. Lengths in tokens.
-
-    With ``valid`` left empty, ``split`` (weights of train and valid) cuts each of ``train``'s sources.
-    Documents in one sample do not see each other unless ``attend_across_documents``. A read that fails is
-    tried again ``read_retries`` times, after 1, 2, 4 ... seconds.
-
-    ``order`` is how samples are cut and shuffled. ``documents`` shuffles documents, cuts what it then has and
-    shuffles the pieces: megatron-core's, by indices of all documents and samples that must be built.
-    ``stream`` cuts files as they are and shuffles the pieces without any index, for data of any size; it
-    alone knows what follows. ``temperature`` T multiplies weights with (tokens of the source)^(1/T): 1 draws
-    in proportion to size. ``stages`` change the weights during the run. ``leave_out`` lists samples, [first,
-    last] by their number in the order, that are passed over.
-    """
-
-    tokenizer: str | None = None
-    train: list[DataSource] = Field(default_factory=list)
-    valid: list[DataSource] = Field(default_factory=list)
-    split: list[float] = Field([99.0, 1.0], min_length=2, max_length=2)
-    sequence_length: int = Field(1024, ge=2)
-    attend_across_documents: bool = False
-    order: Literal["documents", "stream"] = "documents"
-    temperature: float | None = Field(None, gt=0)
-    stages: list[MixtureStage] = Field(default_factory=list)
-    leave_out: list[Annotated[list[int], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
-    index_cache: str | None = None
-    num_workers: int = Field(1, ge=0)
-    read_retries: int = Field(4, ge=0)
-
-    @model_validator(mode="after")
-    def _check_mixture(self) -> "DataConfig":
-        check_mixture(self)
         return self
 
 

@@ -100,7 +100,7 @@ def evaluate_export(
     from transformers import AutoConfig, AutoTokenizer
 
     from skipmega.evaluation.adapter import SkipmegaLM
-    from skipmega.inference.hugging_face import HuggingFaceModel, HuggingFaceTokenizer
+    from skipmega.hf.language_model import HuggingFaceModel, HuggingFaceTokenizer
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)

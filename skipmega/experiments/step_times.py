@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
-from skipmega.config.sections import DataSource
+from skipmega.config import DataSource, RunConfig, resolve_grid, resolve_vocabulary
 from skipmega.data.batches import TokenBatch, make_loader, number_documents
 from skipmega.data.datasets import build_datasets
 from skipmega.experiments.step_plan import StepPlan, missing_models, step_config

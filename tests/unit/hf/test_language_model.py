@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from skipmega.errors import CheckpointError
 from skipmega.hf.configuration_skipmega import SkipmegaConfig
+from skipmega.hf.language_model import HuggingFaceModel, HuggingFaceTokenizer
 from skipmega.hf.modeling_skipmega import SkipmegaForCausalLM
-from skipmega.inference.hugging_face import HuggingFaceModel, HuggingFaceTokenizer
 
 VOCABULARY = 48
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
