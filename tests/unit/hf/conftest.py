@@ -9,16 +9,16 @@ import torch
 
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
 from skipmega.parallel.process import ProcessInfo
+from support.hf_modules import remote_code_in
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def private_module_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_module_cache(tmp_path: Path) -> Iterator[None]:
     """Remote code is copied to, and imported from, a folder of the test."""
-    cache = tmp_path / "modules"
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
-    monkeypatch.syspath_prepend(str(cache))
+    with remote_code_in(tmp_path / "modules"):
+        yield
 
 
 @pytest.fixture

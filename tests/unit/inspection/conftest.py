@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from support.hf_modules import remote_code_in
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 INSTALL = "apt-get install chromium, or playwright install chromium"
 
@@ -25,12 +27,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def hf_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Remote code is copied to, and imported from, a folder of the tests; nothing reaches for the network."""
-    cache = tmp_path_factory.mktemp("modules")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
-        patch.syspath_prepend(str(cache))
+    """Remote code is copied to, and imported from, a folder of the tests."""
+    with remote_code_in(tmp_path_factory.mktemp("modules")):
         yield
 
 
