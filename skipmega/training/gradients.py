@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from skipmega.config import RunConfig
 from skipmega.parallel.grid import Axis
 
+# torch 2.13 gave it another name, and warns of this one
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Gradients(Protocol):
     """Of one model, step after step."""
@@ -53,7 +56,7 @@ class GradientSums:
         yield
         for group, (flat, share) in enumerate(zip(self._flat, self._shares, strict=True)):
             if self._replicas.size > 1:
-                dist.reduce_scatter_tensor(share.flat_partition, flat, group=self._replicas.group)
+                _reduce_scatter(share.flat_partition, flat, group=self._replicas.group)
                 share.flat_partition.div_(self._replicas.size)
             self._optimizer.averaged_gradients[group] = share
         for parameter in self.sums:
