@@ -217,6 +217,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pair: _Pair, *tensors: Tensor) -> tuple[Tensor, ...]:
         for place, tensor in zip(pair.given.tensors, tensors, strict=True):
+            assert place.shape == tensor.shape  # or it might be broadcast
             place.detach().copy_(tensor)
         pair.forward.replay()
         pair.in_flight = True

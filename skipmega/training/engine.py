@@ -1,4 +1,4 @@
-"""One training step: megatron-core's schedule over the stage inside DeepSpeed's gradient coalescing.
+"""One training step: megatron-core's schedule over the stage, then DeepSpeed's optimizer.
 
 The seam (verified against plain torch by the grid-parity tests): the schedule runs on the raw module,
 gradients pile up in ``param.grad`` over the micro-batches, what must be summed before data ranks average is
@@ -60,7 +60,8 @@ class TrainingEngine:
         self._controllers = [DensityController(state, grid.tokens.mean) for state in self.routing]
         if config.training.compile:
             self.stage.compile_parts()
-        if config.training.cuda_graphs and isinstance(self._gradients, GradientSums):
+        if config.training.cuda_graphs:
+            assert isinstance(self._gradients, GradientSums)  # ZeRO 3 refuses compiled layers
             self.stage.use_graphs(self._gradients.sums)
 
     def train_step(

@@ -70,6 +70,7 @@ class GradientSums:
         begin = self._replicas.rank * size
         parts = []
         for parameter in self._optimizer.bit16_groups[group]:
+            assert parameter.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr()
             start = parameter.storage_offset() - weights.storage_offset()
             end = start + parameter.numel()
             self.sums[parameter] = flat[start:end].view(parameter.shape)

@@ -1,23 +1,15 @@
-"""The grid of one process, which everything built of megatron-core's layers asks for."""
+"""What unit tests share."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
-from skipmega.parallel.process import ProcessInfo
+from skipmega.parallel.grid import ParallelGrid
+from support.one_process import grid_of_one
 
 
 @pytest.fixture(scope="module")
 def grid() -> Iterator[ParallelGrid]:
-    """Ended after the module, the launcher's variables that it sets taken back."""
-    before = dict(os.environ)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield create_grid(ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none"))
-    end_communication()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
+    """See :func:`support.one_process.grid_of_one`; ended after the module."""
+    with grid_of_one() as grid:
+        yield grid

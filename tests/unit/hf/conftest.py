@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
-from skipmega.parallel.process import ProcessInfo
+from skipmega.parallel.grid import ParallelGrid
 from support.hf_modules import remote_code_in
+from support.one_process import grid_of_one
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -23,12 +22,6 @@ def private_module_cache(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def grid() -> Iterator[ParallelGrid]:
-    """The grid of one process, ended after the test, the launcher's variables that it sets taken back."""
-    before = dict(os.environ)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield create_grid(ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="none"))
-    end_communication()
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
+    """Ended after each test, some of which end it themselves."""
+    with grid_of_one() as grid:
+        yield grid

@@ -9,7 +9,7 @@ from torch import nn
 
 from skipmega.config import load_config
 from skipmega.errors import ConfigError
-from skipmega.models.graphs import LayerGraphs, _Inputs
+from skipmega.models.graphs import LayerGraphs, _Inputs, _Pair, _Replay
 from skipmega.models.layer import LayerContext
 from skipmega.routing.router import RouterInputs
 from skipmega.training.engine import TrainingEngine
@@ -79,3 +79,24 @@ def test_graphs_without_a_gpu_are_refused() -> None:
     config = load_config(None, ["training.compile=true", "training.cuda_graphs=true"])
     with pytest.raises(ConfigError, match=r"training\.cuda_graphs=true needs a GPU.*leave it out"):
         TrainingEngine(config, cast(Any, SimpleNamespace(device=torch.device("cpu"))))
+
+
+def test_a_replay_hands_over_inputs_outputs_and_gradients() -> None:
+    """The graphs are those of 3 x + y, of which y has no gradient; what they read and write stays theirs."""
+    x, y, out, upstream, of_x = (torch.zeros(2, 3) for _ in range(5))
+    given = _Inputs([x.requires_grad_(), y], LayerContext(None, None), [], noisy=False)
+    forward = SimpleNamespace(replay=lambda: out.copy_(3 * x.detach() + y))
+    backward = SimpleNamespace(replay=lambda: of_x.copy_(3 * upstream))
+    pair = _Pair(cast(Any, forward), cast(Any, backward), given, [out], [upstream], of_x, counts={})
+    for _ in range(2):
+        tokens, others = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+        (result,) = _Replay.apply(pair, tokens, others)
+        assert pair.in_flight
+        torch.testing.assert_close(result, 3 * tokens + others)
+        weights = torch.randn(2, 3)
+        (gradient,) = torch.autograd.grad((result * weights).sum(), tokens)
+        assert not pair.in_flight
+        of_x.zero_()  # as the next replay writes over it
+        torch.testing.assert_close(gradient, 3 * weights)
+    with pytest.raises(AssertionError):
+        _Replay.apply(pair, torch.randn(1, 3, requires_grad=True), torch.randn(2, 3))
