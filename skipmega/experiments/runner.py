@@ -81,23 +81,34 @@ class LadderRunner:
         self._begun = time.monotonic()
 
     def run(self, rows: list[str]) -> None:
-        """Run the missing trials of ``rows``; returns when none is left or the deadline has passed."""
+        """Run the missing trials of ``rows``; returns when none is left or the deadline has passed.
+
+        Raises:
+            TrainingError: rows that could not start; the others have been run all the same.
+        """
         losses: dict[Trial, float | None] = {t: result.loss for t, result in self.results.items()}
         running: dict[Future[TrialResult | None], Trial] = {}
+        broken: dict[str, str] = {}
         with ThreadPoolExecutor(self._workers) as pool:
             while True:
-                for row in rows:
+                for row in (row for row in rows if row not in broken):
                     for trial in next_trials(self.plan, row, losses):
                         losses[trial] = None
                         running[pool.submit(self._run_one, trial)] = trial
                 if not running:
-                    return
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    trial, result = running.pop(future), future.result()
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    trial = running.pop(future)
+                    try:
+                        result = future.result()
+                    except TrainingError as error:
+                        broken.setdefault(trial.row, str(error))
+                        continue
                     if result is not None:
                         losses[trial] = result.loss
                         self._keep(result)
+        if broken:
+            raise TrainingError("; ".join(f"row {row}: {why}" for row, why in broken.items()))
 
     def time_rows(self, rows: list[str], steps: int) -> dict[str, float]:
         """Seconds per step of each row when it has a device to itself: median after the first quarter."""

@@ -96,10 +96,12 @@ def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
     assert not runner.results
 
 
-def test_a_row_that_cannot_start_ends_the_ladder_with_its_last_words(tmp_path: Path) -> None:
-    plan = make_plan(rows={"dense": ["model.num_layers=5"]})
-    with pytest.raises(TrainingError, match=r"error: there is no such data \(all of it: .*dense-1-1\.log\)"):
-        make_runner(tmp_path, plan).run(["dense"])
+def test_a_row_that_cannot_start_is_named_with_its_last_words_after_all_others(tmp_path: Path) -> None:
+    plan = make_plan(rows={"broken": ["model.num_layers=5"], **ROWS})
+    runner = make_runner(tmp_path, plan)
+    with pytest.raises(TrainingError, match=r"row broken: .*no such data \(all of it: .*broken-1-1\.log\)"):
+        runner.run(["broken", "dense"])
+    assert {trial.row for trial in runner.results} == {"dense"}
 
 
 def result(row: str, rate: float, seed: int, loss: float, flops: float, held_out: list[float]) -> TrialResult:
