@@ -54,7 +54,7 @@ class TrainingEngine:
             dist_init_required=False,
         )
         self.stage: DecoderStage = self._deepspeed.module
-        self._gradients = collect_gradients(self._deepspeed, config, grid.replicas)
+        self._gradients = collect_gradients(self._deepspeed, config, grid)
         create_moments(self.optimizer, self.stage, config, grid)
         self.routing = [RoutingState(config, chunk.routed_layers, grid.device) for chunk in self.stage.chunks]
         self._controllers = [DensityController(state, grid.tokens.mean) for state in self.routing]
@@ -77,7 +77,8 @@ class TrainingEngine:
 
     def accumulate_gradients(self, batches: Iterator[TokenBatch], step: int, sums: StepSums) -> None:
         """Forward and backward of one step's micro-batches, and the reduction over data ranks."""
-        self.stage.train()
+        if not self.stage.training:
+            self.stage.train()
         micro_batches = self.config.micro_batches
         with self._gradients.of_step():
             self._run(

@@ -102,6 +102,7 @@ def test_batches_hold_the_rank_s_samples(num_workers: int) -> None:
             expected = Samples(20)[sample]
             assert torch.equal(batch.tokens[row], expected["tokens"])
             assert torch.equal(batch.labels[row], expected["labels"])
+            assert torch.equal(batch.loss_mask[row], expected["loss_mask"])
         assert batch.document_ids is not None
         assert {t.dtype for t in (batch.tokens, batch.labels, batch.sample_ids, batch.document_ids)} == {
             torch.int64
@@ -110,8 +111,9 @@ def test_batches_hold_the_rank_s_samples(num_workers: int) -> None:
         assert batch.loss_mask.shape == batch.tokens.shape == (2, 8)
 
 
-def test_documents_are_not_numbered_where_attention_crosses_them() -> None:
-    assert all(batch.document_ids is None for batch in _load(document_end=None))
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_documents_are_not_numbered_where_attention_crosses_them(num_workers: int) -> None:
+    assert all(batch.document_ids is None for batch in _load(document_end=None, num_workers=num_workers))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
