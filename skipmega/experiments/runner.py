@@ -14,7 +14,8 @@ from queue import SimpleQueue
 
 from skipmega.config import load_config
 from skipmega.data.files import atomic_write
-from skipmega.errors import TrainingError
+from skipmega.errors import DataError, TrainingError
+from skipmega.exit_codes import DONE, STOPPED_BY_FAULT
 from skipmega.experiments.plan import LadderPlan, Trial, next_trials
 from skipmega.inspection.metrics import read_metrics
 from skipmega.models.flops import training_flops_per_token
@@ -215,7 +216,7 @@ def _finishes(command: list[str], log: Path, place: int | None, limit: float | N
     """Run ``command`` with its output in ``log``; False if it outlasts ``limit`` seconds and is ended.
 
     Raises:
-        TrainingError: it failed before its first record; a later failure is a result, the run diverged.
+        TrainingError: it failed; not if its numbers were at fault after its first record, which is a result.
     """
     with log.open("w") as stream:
         try:
@@ -229,11 +230,22 @@ def _finishes(command: list[str], log: Path, place: int | None, limit: float | N
             )
         except subprocess.TimeoutExpired:
             return False
-    if ended.returncode != 0:
-        last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-        if not (log.with_suffix("") / "metrics.jsonl").is_file():
-            raise TrainingError(f"{shlex.join(command)} failed: {last} (all of it: {log})")
-        print(f"{log.stem} ended with code {ended.returncode}: {last}", flush=True)
+    if ended.returncode == DONE:
+        return True
+    last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+    if ended.returncode != STOPPED_BY_FAULT or not _has_records(log.with_suffix("") / "metrics.jsonl"):
+        raise TrainingError(
+            f"{shlex.join(command)} ended with status {ended.returncode}: {last} (all of it: {log})"
+        )
+    print(f"{log.stem} diverged: {last}", flush=True)
+    return True
+
+
+def _has_records(metrics: Path) -> bool:
+    try:
+        read_metrics(metrics)
+    except DataError:
+        return False
     return True
 
 

@@ -31,6 +31,7 @@ ROUTED = {
                           "group_size": None, "density": 0.3},
     "mlp": {"router": "sigmoid", "wrap": "mlp", "density_control": "bias"},
     "attention": {"router": "gumbel", "wrap": "attention", "density_control": "coefficient"},
+    "fixed-input": {"router": "fixed_input"},
     "dense-gradient": {"router": "gumbel", "gradient": "dense"},
     "warmup": {"router": "quantile", "density_warmup_steps": 2},
 }  # fmt: skip

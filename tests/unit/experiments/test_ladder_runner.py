@@ -1,6 +1,7 @@
 """Running a ladder: what is missing, several at a time, resumably; and the table it ends in."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,7 +33,9 @@ with open(folder / "metrics.jsonl", "w") as out:
         seen = {"step": step, "tokens": 64 * step, "loss": 4 - step / 4, "seconds_per_step": seconds}
         print(json.dumps({"kind": "train", **seen, **routing}), file=out)
     if diverges:
-        sys.exit("error: diverged")
+        sys.exit(78)
+    if config.model.num_layers == 7:
+        sys.exit("error: the device fell off")
     loss = 3 + (rate - 2) ** 2 / 10 + config.training.seed / 100
     print(json.dumps({"kind": "eval", "step": 4, "loss": loss, **routing}), file=out)
 """
@@ -97,10 +100,13 @@ def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
 
 
 def test_a_row_that_cannot_start_is_named_with_its_last_words_after_all_others(tmp_path: Path) -> None:
-    plan = make_plan(rows={"broken": ["model.num_layers=5"], **ROWS})
+    plan = make_plan(rows={"broken": ["model.num_layers=5"], "breaks": ["model.num_layers=7"], **ROWS})
     runner = make_runner(tmp_path, plan)
-    with pytest.raises(TrainingError, match=r"row broken: .*no such data \(all of it: .*broken-1-1\.log\)"):
-        runner.run(["broken", "dense"])
+    with pytest.raises(TrainingError) as caught:
+        runner.run(["broken", "breaks", "dense"])
+    row, other = str(caught.value).split("; ")
+    assert re.search(r"row broken: .* status 1: .*no such data \(all of it: .*broken-1-1\.log\)", row)
+    assert re.search(r"row breaks: .*the device fell off", other), "not a divergence"
     assert {trial.row for trial in runner.results} == {"dense"}
 
 

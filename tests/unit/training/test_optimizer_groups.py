@@ -84,6 +84,16 @@ def test_at_the_common_rate_routers_have_no_groups(name: str) -> None:
     assert "layers.1.router.bias" in groups["vectors"]["params"]
 
 
+def test_what_takes_odd_room_comes_last() -> None:
+    """Or what ZeRO lays behind it begins where no compiled kernel expects it."""
+    stage = nn.ModuleList([nn.Linear(8, 1), nn.RMSNorm(8), nn.Linear(16, 3), nn.Linear(16, 16)])
+    config = build_config({"routing": {"router_learning_rate": 1.0}}, source="test")
+    sizes = [
+        [p.numel() for p in group["params"]] for group in build_optimizer(stage, config, GRID).param_groups
+    ]
+    assert sizes == [[8, 48, 256], [8, 16, 1, 3]]
+
+
 def test_the_engine_multiplies_the_scheduled_rate_by_the_group_s() -> None:
     """What TrainingEngine.apply_gradients does before it steps."""
     optimizer = SimpleNamespace(param_groups=[{"rate": 1.0}, {"rate": 4.0}])
