@@ -5,7 +5,8 @@
     python tools/data.py verify 'data/web-*'                        every byte against the checksums
     python tools/data.py sample data/web-000 --tokenizer T.model    documents as text
     python tools/data.py diff data/web-000 data/web-001             how they differ
-    python tools/data.py shuffle data/web-000 mixed/web-000         its documents in another order
+    python tools/data.py shuffle 'data/web-*' mixed/web --shards 100   their documents in another order
+    python tools/data.py shuffle 'data/web-*' packed/web --pack 2048   and packed into samples
     python tools/data.py plan CONFIG [section.field=value ...]      tokens and epochs of each source of a run
 
 Data are named without their ending; a pattern stands for all that it fits.
@@ -70,11 +71,24 @@ def _diff(arguments: argparse.Namespace) -> None:
 
 
 def _shuffle(arguments: argparse.Namespace) -> None:
+    from skipmega.data.arrangement import Arrangement, arrange, arrange_shard
     from skipmega.data.comparison import describe
-    from skipmega.data.documents import shuffle_documents
+    from skipmega.data.files import find_pairs
 
-    shuffle_documents(arguments.data, arguments.output, arguments.seed)
-    print(describe(str(arguments.output)))
+    arrangement = Arrangement(
+        prefixes=tuple(find_pairs(arguments.data)),
+        output=arguments.output,
+        seed=arguments.seed,
+        shards=arguments.shards,
+        sequence_length=arguments.pack,
+    )
+    made = list(range(arguments.shards)) if arguments.shard is None else [arguments.shard]
+    if arguments.shard is None:
+        arrange(arrangement, arguments.workers)
+    else:
+        arrange_shard(arrangement, arguments.shard)
+    for shard in made:
+        print(describe(str(arrangement.target(shard))))
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -114,6 +128,14 @@ def _parse_arguments() -> argparse.Namespace:
     shuffle.add_argument("data")
     shuffle.add_argument("output", type=Path)
     shuffle.add_argument("--seed", type=int, default=0)
+    shuffle.add_argument(
+        "--shards", type=int, default=1, help="pairs to make of them: OUTPUT-00000 ... (1: OUTPUT)"
+    )
+    shuffle.add_argument(
+        "--pack", type=int, metavar="LENGTH", help="for data.sequence_length LENGTH, best fit"
+    )
+    shuffle.add_argument("--workers", type=int, default=1, help="shards made at once (1)")
+    shuffle.add_argument("--shard", type=int, help="make this one only, from 0")
     plan = add("plan", _plan)
     plan.add_argument("config", help="YAML file of the run")
     plan.add_argument("overrides", nargs="*", help="section.field=value")

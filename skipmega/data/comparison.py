@@ -7,7 +7,7 @@ from skipmega.errors import DataError
 
 _COMPARED = (
     "skipmega_version", "part", "valid_fraction", "documents", "tokens", "text_bytes", "max_token_id",
-    "dtype", "empty_documents", "bad_records", "text_field", "shuffle_seed", "cleaned",
+    "dtype", "empty_documents", "bad_records", "text_field", "arranged", "cleaned",
 )  # fmt: skip
 
 
@@ -39,16 +39,34 @@ def _listed_counts(dropped: Mapping[str, int]) -> str:
 
 
 def _describe_pair(prefix: str, found: Manifest) -> str:
-    shuffled = "in the corpus's order" if found.shuffle_seed is None else f"shuffled by {found.shuffle_seed}"
+    ratio = found.text_bytes / max(found.tokens, 1)
     return (
         f"{prefix}: {found.documents} documents, {found.tokens} tokens of {found.dtype} ({found.bin.bytes} "
-        f"bytes), {found.text_bytes / max(found.tokens, 1):.2f} bytes of text a token, {shuffled}\n"
+        f"bytes), {ratio:.2f} bytes of text a token, {_describe_order(found)}\n"
         f"  part {found.part} of {len(found.sources)} files with "
         f"{sum(source.bytes for source in found.sources)} bytes; dropped: {found.empty_documents} empty "
         f"documents, {found.bad_records} bad records\n"
         f"  tokenizer {found.tokenizer.sha256[:12]} of {found.tokenizer.vocab_size} ids, skipmega "
         f"{found.skipmega_version}; tokens {found.bin.sha256[:12]}, index {found.idx.sha256[:12]}"
     )
+
+
+def _describe_order(found: Manifest) -> str:
+    arranged = found.arranged
+    if arranged is None:
+        return "in the corpus's order"
+    of = (
+        f", shard {arranged.shard} of {arranged.shards} of {arranged.pairs} pairs"
+        if arranged.shards > 1
+        else ""
+    )
+    packed = (
+        ""
+        if arranged.sequence_length is None
+        else f", packed for {arranged.sequence_length} tokens: {arranged.padding / max(found.tokens, 1):.3%} "
+        f"padding, {arranged.cut} documents cut"
+    )
+    return f"shuffled by {arranged.seed}{of}{packed}"
 
 
 def differences(one: str, other: str) -> list[str]:

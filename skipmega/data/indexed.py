@@ -56,6 +56,11 @@ def check_dataset(prefix: str, tokenizer: Tokenizer) -> CheckedDataset:
     """
     manifest = read_manifest(prefix)
     if manifest is not None:
+        if manifest.packed_for is not None:
+            raise DataError(
+                f"{prefix} is packed for samples of {manifest.packed_for} tokens, and data.order=documents "
+                "cuts samples of its own: set data.order=stream"
+            )
         _check_tokenizer(prefix, manifest, tokenizer)
         for ending, record in (("bin", manifest.bin), ("idx", manifest.idx)):
             _check_size(prefix, ending, record)
@@ -84,6 +89,8 @@ class OpenedPair:
         documents, tokens: how many it holds.
         dtype: numpy's name of the type of a token.
         sha256: of ``.idx`` and, with a manifest, of ``.bin``.
+        packed_for: the sequence length that its documents are packed for; None if they lie end to end.
+        padding: tokens that fill packed samples up.
     """
 
     prefix: str
@@ -91,6 +98,8 @@ class OpenedPair:
     tokens: int
     dtype: str
     sha256: str
+    packed_for: int | None = None
+    padding: int = 0
 
     def tokens_before(self, document: int) -> int:
         """Tokens of the documents before ``document``, which may be ``documents``."""
@@ -128,7 +137,10 @@ def open_dataset(prefix: str, tokenizer: Tokenizer) -> OpenedPair:
             f"not {manifest.bin.bytes} bytes; prepare the data again"
         )
     sums = f"{manifest.idx.sha256} {manifest.bin.sha256}"
-    return OpenedPair(prefix, manifest.documents, manifest.tokens, manifest.dtype, sums)
+    padding = manifest.arranged.padding if manifest.arranged is not None else 0
+    return OpenedPair(
+        prefix, manifest.documents, manifest.tokens, manifest.dtype, sums, manifest.packed_for, padding
+    )
 
 
 def document_places(prefix: str) -> tuple[Any, NDArray[np.int32], NDArray[np.int64]]:

@@ -60,14 +60,33 @@ class CleaningRecord(_Record):
     dropped: dict[str, int]
 
 
+class ArrangementRecord(_Record):
+    """Where the documents of a pair come from that tools/data.py shuffle has made.
+
+    Of ``pairs`` pairs, whose ``.bin`` files have SHA-256 that together have ``content``, these are those of
+    shard ``shard`` of ``shards`` in an order drawn of ``seed``. With a ``sequence_length`` they are packed:
+    every ``sequence_length + 1`` tokens are a sample, filled up with ends of documents; ``padding`` counts
+    these tokens, ``cut`` the documents that are in several samples.
+    """
+
+    seed: int
+    pairs: int
+    content: str
+    shard: int
+    shards: int
+    sequence_length: int | None = None
+    padding: int = 0
+    cut: int = 0
+
+
 class Manifest(_Record):
     """Contents and origin of one ``.bin``/``.idx`` pair.
 
     ``documents``, ``tokens`` (ends of documents included), ``text_bytes`` (UTF-8) and ``max_token_id``
     describe the pair; ``empty_documents`` and ``bad_records`` were skipped in ``sources``, which may also
-    have filled a second pair: ``part`` says which share of them this is. ``shuffle_seed`` is that of
-    its documents' order, None where that is the corpus's. ``cleaned`` are the cleanings of which the corpus
-    is the result.
+    have filled other pairs: ``part`` says which share of them this is, ``arranged`` which documents of that
+    share and in what order, None for all in the corpus's; of a shard ``text_bytes`` is an estimate, by
+    tokens. ``cleaned`` are the cleanings of which the corpus is the result.
     """
 
     format: Literal[1] = 1
@@ -86,8 +105,13 @@ class Manifest(_Record):
     text_field: str
     sources: tuple[SourceRecord, ...]
     tokenizer: TokenizerRecord
-    shuffle_seed: int | None = None
+    arranged: ArrangementRecord | None = None
     cleaned: tuple[CleaningRecord, ...] = ()
+
+    @property
+    def packed_for(self) -> int | None:
+        """The sequence length that the pair is packed for, None if it is not packed."""
+        return self.arranged.sequence_length if self.arranged is not None else None
 
 
 def manifest_path(prefix: str | Path) -> Path:

@@ -12,12 +12,13 @@ from skipmega.errors import DataError
 @dataclass(frozen=True)
 class PlannedSource:
     """One source in one stage: its ``share`` of the stage's samples, the ``tokens`` drawn of it in the stage,
-    and the ``epochs`` of it that the run has seen at the stage's end."""
+    the ``epochs`` of it that the run has seen at the stage's end, and the share of its tokens that pads."""
 
     name: str
     share: float
     tokens: int
     epochs: float
+    padding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class MixturePlan:
             lines += [
                 f"  {source.name:<{width}}  {source.share:7.2%}  {_short(source.tokens):>8} tokens, "
                 f"{source.epochs:.3g} epochs by then"
+                + (f", {source.padding:.3%} padding" if source.padding else "")
                 for source in sources
             ]
         return "\n".join(lines)
@@ -95,6 +97,7 @@ def _planned(
             share=weight / sum(stage.weights),
             tokens=(end - begin) * stream.length,
             epochs=end / stream.samples_per_epoch,
+            padding=stream.padding,
         )
         for stream, weight, begin, end in zip(streams, stage.weights, before, after, strict=True)
     )

@@ -3,8 +3,12 @@
 import hashlib
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
+_TURN = 0x9E3779B97F4A7C15  # SplitMix64's step
 
 
 class Permutation:
@@ -45,6 +49,18 @@ class Permutation:
             left = (left + _mix(right ^ first)) % self._left
             right = (right + _mix(left ^ second)) % self._right
         return left * self._right + right
+
+
+def scattered(count: int, *key: int | str) -> NDArray[np.uint64]:
+    """64 bits for each of 0 .. count - 1 that look random, of other keys others; [count]."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    with np.errstate(over="ignore"):
+        value = np.arange(count, dtype=np.uint64) * np.uint64(_TURN) + np.uint64(
+            int.from_bytes(digest, "big")
+        )
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
 
 
 def _mix(value: int) -> int:

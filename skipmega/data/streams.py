@@ -32,14 +32,15 @@ class MixedSamples(SampleSource):
         mixture: whose turn it is.
         left_out: samples of the order that are passed over.
         samples: length.
+        end: the token that ends documents. One after another pads, and is not learnt: no document is empty.
     """
 
     def __init__(
-        self, streams: Sequence[TokenStream], mixture: Mixture, left_out: LeftOut, samples: int
+        self, streams: Sequence[TokenStream], mixture: Mixture, left_out: LeftOut, samples: int, end: int
     ) -> None:
         self._streams, self._mixture, self._left_out = streams, mixture, left_out
-        self._samples = samples
-        self._loss_mask = torch.ones(streams[0].length)
+        self._samples, self._end = samples, end
+        self._all = torch.ones(streams[0].length)
 
     def __len__(self) -> int:
         return self._samples
@@ -47,7 +48,11 @@ class MixedSamples(SampleSource):
     def __getitem__(self, index: int) -> Mapping[str, Tensor]:
         source, number = self._mixture.locate(self._left_out.number(index))
         tokens = torch.from_numpy(self._streams[source].read(number))
-        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": self._loss_mask}
+        mask = self._all
+        if self._streams[source].padding:
+            ends = tokens == self._end
+            mask = (~(ends[:-1] & ends[1:])).float()
+        return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": mask}
 
 
 def build_streams(
@@ -71,7 +76,8 @@ def build_streams(
 
     Raises:
         DataError: no sources, one that :func:`skipmega.data.indexed.open_dataset` refuses or that is too
-            small for one sample, or more epochs of one than it allows.
+            small for one sample or packed for samples of another length, or more epochs of one than it
+            allows.
     """
     if not config.train:
         raise DataError("data.train names no data set: give the path of a prepared pair, without its ending")
@@ -79,7 +85,7 @@ def build_streams(
     cut = config.split[0] / sum(config.split)
 
     def stream(source: DataSource, share: tuple[float, float], what: str) -> TokenStream:
-        ranges = [_part(pair, share) for pair in pairs[source.path]]
+        ranges = [_part(pair, share, config.sequence_length) for pair in pairs[source.path]]
         opened = TokenStream(
             source.label, ranges, config.sequence_length, seed, tokenizer.size, config.read_retries
         )
@@ -90,18 +96,21 @@ def build_streams(
     left_out = LeftOut(config.leave_out)
     plan = on_rank_0(lambda: MixturePlan.of(config, train, seed, left_out.number(num_train_samples - 1) + 1))
     mixture = Mixture(plan.stages, seed)
-    samples = MixedSamples(train, mixture, left_out, num_train_samples)
+    samples = MixedSamples(train, mixture, left_out, num_train_samples, tokenizer.eod_id)
     fingerprint = _fingerprint(config, pairs)
     if num_valid_samples == 0:
         return RunDatasets(samples, None, plan=plan, fingerprint=fingerprint)
     held_out = config.valid or config.train
     valid = [stream(source, (0.0 if config.valid else cut, 1.0), "valid") for source in held_out]
+
+    def mixed(weights: Sequence[float], streams: Sequence[TokenStream]) -> MixedSamples:
+        alone = Mixture([Stage(0, tuple(weights))], seed)
+        return MixedSamples(streams, alone, LeftOut([]), num_valid_samples, tokenizer.eod_id)
+
     return RunDatasets(
         samples,
-        _mixed([source.weight for source in held_out], valid, seed, num_valid_samples),
-        valid_sources={
-            each.name: _mixed([1.0], [each], seed, num_valid_samples) for each in valid if len(valid) > 1
-        },
+        mixed([source.weight for source in held_out], valid),
+        valid_sources={each.name: mixed([1.0], [each]) for each in valid if len(valid) > 1},
         plan=plan,
         fingerprint=fingerprint,
     )
@@ -120,10 +129,20 @@ def _fingerprint(config: DataConfig, pairs: Mapping[str, Sequence[OpenedPair]]) 
     return hashlib.sha256(repr((content, config.split, bool(config.valid))).encode()).hexdigest()
 
 
-def _part(pair: OpenedPair, share: tuple[float, float]) -> TokenRange:
-    """The tokens of that share of a pair's documents."""
-    first, end = (pair.tokens_before(round(edge * pair.documents)) for edge in share)
-    return TokenRange(pair.prefix, pair.dtype, first, end - first)
+def _part(pair: OpenedPair, share: tuple[float, float], length: int) -> TokenRange:
+    """The tokens of that share of a pair's documents, or of its samples if it is packed."""
+    if pair.packed_for is None:
+        first, end = (pair.tokens_before(round(edge * pair.documents)) for edge in share)
+        return TokenRange(pair.prefix, pair.dtype, first, end - first)
+    if pair.packed_for != length:
+        raise DataError(
+            f"{pair.prefix} is packed for samples of {pair.packed_for} tokens, and data.sequence_length is "
+            f"{length}: set it to the former, or pack the data for the latter (tools/data.py shuffle --pack)"
+        )
+    samples = pair.tokens // (length + 1)
+    first, end = (round(edge * samples) * (length + 1) for edge in share)
+    padding = pair.padding * (end - first) / max(pair.tokens, 1)
+    return TokenRange(pair.prefix, pair.dtype, first, end - first, packed=True, padding=padding)
 
 
 def _check_holds_samples(stream: TokenStream, what: str) -> None:
@@ -133,7 +152,3 @@ def _check_holds_samples(stream: TokenStream, what: str) -> None:
             f"files, and one sample needs data.sequence_length + 1 = {stream.length + 1}: give more data, "
             "another split, or shorter sequences"
         )
-
-
-def _mixed(weights: Sequence[float], streams: Sequence[TokenStream], seed: int, samples: int) -> MixedSamples:
-    return MixedSamples(streams, Mixture([Stage(0, tuple(weights))], seed), LeftOut([]), samples)

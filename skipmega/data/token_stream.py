@@ -17,16 +17,19 @@ from skipmega.errors import DataFaultError
 
 @dataclass(frozen=True)
 class TokenRange:
-    """A run of tokens in ``<prefix>.bin``: ``tokens`` of type ``dtype`` from token ``first`` on."""
+    """A run of tokens in ``<prefix>.bin``: ``tokens`` of type ``dtype`` from token ``first`` on. A ``packed``
+    one is samples, each with the label after its last token, of which ``padding`` tokens fill up some."""
 
     prefix: str
     dtype: str
     first: int
     tokens: int
+    packed: bool = False
+    padding: float = 0
 
     def samples(self, length: int) -> int:
         """Whole samples of ``length`` tokens and the label after the last of them."""
-        return max(0, self.tokens - 1) // length
+        return self.tokens // (length + 1) if self.packed else max(0, self.tokens - 1) // length
 
 
 class TokenStream:
@@ -34,7 +37,8 @@ class TokenStream:
 
     An epoch has every sample of every range once, in an order of its own. The tokens at a range's end that
     fill no sample are left out, as many at its beginning instead in other epochs: where the first sample
-    begins is drawn for each epoch. Samples are a function of the arguments and the files' content alone.
+    begins is drawn for each epoch. (Packed ranges are samples as they are.) Samples are a function of the
+    arguments and the files' content alone.
 
     Args:
         name: of the source; part of what its order is drawn from, as files may be moved.
@@ -63,6 +67,11 @@ class TokenStream:
         """Tokens of all ranges."""
         return sum(part.tokens for part in self.ranges)
 
+    @property
+    def padding(self) -> float:
+        """Share of the tokens that fill packed samples up."""
+        return sum(part.padding for part in self.ranges) / max(self.tokens, 1)
+
     def read(self, index: int) -> NDArray[Any]:
         """Sample ``index``, int64 [length + 1].
 
@@ -88,6 +97,8 @@ class TokenStream:
         number = bisect_right(self._ends, sample)
         part = self.ranges[number]
         within = sample - self._ends[number] + part.samples(self.length)
+        if part.packed:
+            return number, part.first + within * (self.length + 1)
         left_over = part.tokens - 1 - part.samples(self.length) * self.length
         return number, part.first + self._shift(epoch, number, left_over) + within * self.length
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from skipmega.data.arrangement import Arrangement, arrange
 from support.tiny_run import HALF, STEPS, pretrain_each, records
 from support.worlds import run_world
 
@@ -42,3 +43,17 @@ def test_stopped_on_one_rank_resumed_on_two(stream_config: Path, tmp_path: Path)
             record["source_loss"], rel=1e-5
         )
         assert record["loss"] == pytest.approx(sum(record["source_loss"].values()) / 2, rel=0.1)
+
+
+def test_a_run_on_packed_samples(stream_config: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(stream_config.read_text())
+    pair, length = values["data"]["train"][0]["path"], values["data"]["sequence_length"]
+    arrange(Arrangement((pair,), tmp_path / "packed", sequence_length=length), 1)
+    values["data"] |= {"train": [{"path": f"{tmp_path}/packed"}], "valid": [], "stages": [], "leave_out": []}
+    values["data"]["split"] = [3.0, 1.0]
+    config = tmp_path / "packed.yaml"
+    config.write_text(yaml.safe_dump(values))
+    run_world(pretrain_each, 1, config, [[f"run_dir={tmp_path}/run"]])
+    train, held_out = (records(tmp_path / "run", kind) for kind in ("train", "eval"))
+    assert list(train) == list(range(1, STEPS + 1))
+    assert held_out[STEPS]["loss"] < train[1]["loss"]

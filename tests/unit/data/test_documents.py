@@ -3,16 +3,15 @@
 import json
 import runpy
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from skipmega.data.arrangement import Arrangement, arrange
 from skipmega.data.comparison import describe, differences
-from skipmega.data.documents import Documents, sample_documents, shuffle_documents
-from skipmega.data.indexed import check_dataset, verify_checksums
+from skipmega.data.documents import Documents, sample_documents
 from skipmega.data.prepare import prepare_dataset
 from skipmega.data.readers import Corpus
 from skipmega.data.tokenizer import Tokenizer
@@ -45,37 +44,15 @@ def test_samples_of_documents(prepared: str, tokenizer: Tokenizer, other_tokeniz
         sample_documents(prepared, other_tokenizer, 5, seed=1)
 
 
-def _contents(prefix: str | Path) -> list[bytes]:
-    documents = Documents(str(prefix))
-    return [documents[number].tobytes() for number in range(len(documents))]
-
-
-def test_shuffled_documents_are_the_same_in_another_order(prepared: str, tokenizer: Tokenizer) -> None:
-    outputs = [Path(f"{prepared}-{name}") for name in ("a", "b", "c")]
-    for output, seed in zip(outputs, (1, 1, 2), strict=True):
-        shuffle_documents(prepared, output, seed)
-        verify_checksums(str(output))
-        assert check_dataset(str(output), tokenizer).tokens == check_dataset(prepared, tokenizer).tokens
-    before, a, b, c = (_contents(path) for path in (prepared, *outputs))
-    assert Counter(before) == Counter(a)
-    assert a == b
-    assert before != a != c
-    with pytest.raises(DataError, match=r"data-a\.bin exists: choose another output"):
-        shuffle_documents(prepared, outputs[0], 1)
-    Path(f"{prepared}.manifest.json").unlink()
-    with pytest.raises(DataError, match=r"data\.manifest\.json is missing: prepare the data"):
-        shuffle_documents(prepared, outputs[0], 1)
-
-
 def test_what_manifests_say(prepared: str) -> None:
     said = describe(prepared)
     assert "30 documents" in said
     assert "in the corpus's order" in said
     assert "dropped: 1 empty documents, 0 bad records" in said
     assert differences(prepared, prepared) == []
-    shuffle_documents(prepared, Path(f"{prepared}-mixed"), 7)
+    arrange(Arrangement((prepared,), Path(f"{prepared}-mixed"), seed=7), workers=1)
     named = [line.split(":")[0] for line in differences(prepared, f"{prepared}-mixed")]
-    assert named == ["shuffle_seed", "SHA-256 of bin", "SHA-256 of idx"]
+    assert named == ["arranged", "SHA-256 of bin", "SHA-256 of idx"]
     assert "shuffled by 7" in describe(f"{prepared}-mixed")
     with pytest.raises(DataError, match=r"nowhere\.manifest\.json is missing"):
         describe("nowhere")
@@ -102,8 +79,15 @@ def test_the_script(prepared: str, tokenizer: Tokenizer, run_tool: RunTool, tmp_
     for name in ("a", "b"):
         run_tool("shuffle", prepared, f"{prepared}-{name}", "--seed", "5")
     assert "3 pairs: 90 documents" in run_tool("info", f"{prepared}*")[1]
+    _, said, _ = run_tool("shuffle", f"{prepared}*", tmp_path / "all", "--shards", "4", "--workers", "2")
+    assert said.count("shuffled by 0, shard ") == said.count(" of 4 of 3 pairs") == 4
+    _, again, _ = run_tool("shuffle", f"{prepared}*", tmp_path / "all", "--shards", "4", "--shard", "2")
+    assert again in said
+    packed = run_tool("shuffle", f"{tmp_path}/all-*", tmp_path / "packed", "--pack", "64")[1]
+    assert ", packed for 64 tokens: " in packed
+    assert "error: 0 shards: give at least 1" in run_tool("shuffle", prepared, "x", "--shards", "0")[2]
     assert run_tool("diff", f"{prepared}-a", f"{prepared}-b")[1] == "the same\n"
-    assert "shuffle_seed: None and 5" in run_tool("diff", prepared, f"{prepared}-b")[1]
+    assert "arranged: None and seed=5" in run_tool("diff", prepared, f"{prepared}-b")[1]
     _, said, _ = run_tool("sample", prepared, "--tokenizer", tokenizer.path, "--count", "2")
     assert said.count("and ends.") == said.count("--- ") == 2
     assert run_tool("verify", f"{prepared}*")[0] == 0
