@@ -63,6 +63,16 @@ class Arrangement:
         if self.sequence_length is not None and self.sequence_length < 2:
             raise DataError(f"samples of {self.sequence_length} tokens: give at least 2")
 
+    def check(self) -> list[Manifest]:
+        """The manifests of the pairs.
+
+        Raises:
+            DataError: a pair has none, or fits not the others.
+        """
+        manifests = [_manifest_of(prefix) for prefix in self.prefixes]
+        _check_alike(self.prefixes, manifests)
+        return manifests
+
     def target(self, shard: int) -> Path:
         """Path of a shard, without an ending."""
         if self.shards == 1:
@@ -96,15 +106,14 @@ def arrange_shard(arrangement: Arrangement, shard: int) -> Manifest:
     and places: some 50 bytes for each of the shard's, 100 if they are packed.
 
     Raises:
-        DataError: there is no such shard, a pair has no manifest or fits not the others, or what is there was
-            made of something else.
+        DataError: there is no such shard, what is there was made of something else, or as
+            :meth:`Arrangement.check`.
     """
     if not 0 <= shard < arrangement.shards:
         raise DataError(
             f"shard {shard} of {arrangement.shards}: number them from 0 to {arrangement.shards - 1}"
         )
-    manifests = [_manifest_of(prefix) for prefix in arrangement.prefixes]
-    _check_alike(arrangement.prefixes, manifests)
+    manifests = arrangement.check()
     planned = ArrangementRecord(
         seed=arrangement.seed,
         pairs=len(manifests),

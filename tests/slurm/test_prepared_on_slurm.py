@@ -81,3 +81,27 @@ def test_a_cleaning_by_arrays_is_that_of_one_machine(cluster: Cluster, tmp_path:
     assert len(texts) == 3
     for path in texts:
         assert (tmp_path / "many" / "text" / path.name).read_bytes() == path.read_bytes(), logs
+
+
+def test_a_shuffle_by_an_array_is_that_of_one_machine(cluster: Cluster, tmp_path: Path) -> None:
+    texts = [f"document {number}, " * (number % 9 + 1) for number in range(60)]
+    train_tokenizer(texts, tmp_path / "t.model", 300)
+    for pair in range(2):
+        lines = [json.dumps({"text": text}) for text in texts[pair::2]]
+        (tmp_path / f"{pair}.jsonl").write_text("\n".join(lines))
+        prepared = ["--tokenizer", str(tmp_path / "t.model"), "--output", str(tmp_path / f"data-{pair}")]
+        run(sys.executable, "tools/prepare_data.py", str(tmp_path / f"{pair}.jsonl"), *prepared)
+    site = tmp_path / "site.yaml"
+    site.write_text(yaml.safe_dump({"python": sys.executable, "partition": "low"}))
+    options = ["--shards", "3", "--pack", "32"]
+    run(sys.executable, "tools/data.py", "shuffle", f"{tmp_path}/data-*", f"{tmp_path}/one/web", *options)
+    given = [f"{tmp_path}/data-*", f"{tmp_path}/many/web", *options, "--time", "5", "--profile", str(site)]
+    printed = run(sys.executable, "slurm/shuffle_data.py", *given)
+
+    ended = cluster.wait_for_end(int(printed.split("array ")[1].split()[0]), 240)
+    logs = {path.name: path.read_text() for path in (tmp_path / "many").glob("web.log-*")}
+    assert ended["JobState"] == "COMPLETED", logs
+    files = sorted((tmp_path / "one").iterdir())
+    assert len(files) == 9
+    for path in files:
+        assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes(), logs

@@ -64,6 +64,15 @@ def preparation(output: Path, options: Sequence[str], shards: int, workers: int)
     ]
 
 
+def shuffling(arguments: Sequence[str], shards: int) -> list[Step]:
+    """Documents of some pairs to shards of a shuffled source.
+
+    Args:
+        arguments: of tools/data.py shuffle.
+    """
+    return [Step("tools/data.py", ["shuffle", *arguments], "log-%a", shards, f"--shard {_TASK}")]
+
+
 def cleaning(arguments: Sequence[str], stages: Sequence[tuple[str, int]]) -> list[Step]:
     """All stages of a cleaning, and a job that sums them up.
 
