@@ -21,12 +21,10 @@ from skipmega.evaluation import (
 from skipmega.evaluation.suite import find_suite, write_suite_tasks
 from skipmega.launch.environment import discover_process
 from support.real_sets import (
-    REAL_SETS,
     as_summed,
-    copy_sets,
-    needs_real_sets,
     plain_lm_eval,
     write_own_suite,
+    write_sets,
     written_scores,
 )
 from support.tiny_run import STEPS, run_command, unseen_documents
@@ -74,11 +72,11 @@ def tasks(home: Path) -> list[str]:
         unseen_documents(), home / "tasks", "unseen",
         max_questions=12, num_examples=4, context_chars=80, continuation_chars=30, rolling_chars=300,
     )  # fmt: skip
-    if REAL_SETS.is_dir():
-        names += write_benchmark_tasks(REAL_SETS, home / "tasks", ["boolq", "copa"])
-        names.append(str(write_own_suite(home / "own.yaml", SUITE, longest_answer=16)))
-        copy_sets(home / "sets", [name for name in SUITE if name != "squadv2"], QUESTIONS)
-        write_squad(home / "sets")
+    write_sets(home / "finished", ["boolq", "copa"], 40)
+    names += write_benchmark_tasks(home / "finished", home / "tasks", ["boolq", "copa"])
+    names.append(str(write_own_suite(home / "own.yaml", SUITE, longest_answer=16)))
+    write_sets(home / "sets", [name for name in SUITE if name != "squadv2"], QUESTIONS)
+    write_squad(home / "sets")
     return names
 
 
@@ -181,8 +179,12 @@ def executed_shares(model: Any, tokens: Tensor) -> dict[int, float]:
 
 
 def settings(home: Path) -> dict[str, Any]:
-    sets = home / "sets" if REAL_SETS.is_dir() else None
-    return {"num_fewshot": 1, "include_paths": [home / "tasks"], "data_dir": sets, "limit": 40}
+    return {
+        "num_fewshot": 1,
+        "include_paths": [home / "tasks"],
+        "data_dir": home / "sets",
+        "limit": 40,
+    }
 
 
 def scores(result: EvaluationResult) -> dict[tuple[str, str], float]:
@@ -232,16 +234,14 @@ def test_scores_do_not_depend_on_the_grid(grid: str, alone: dict[str, Any], cut:
         check_scores(found[grid]["native"], alone["native"])
 
 
-@needs_real_sets
 def test_benchmarks_were_among_the_scores(alone: dict[str, Any]) -> None:
     found = {task for task, _ in alone["export"]}
     suite = {f"own_{name}" for name in SUITE}
     assert found == {"unseen", "unseen_bits", "local_boolq", "local_copa"} | suite
 
 
-@needs_real_sets
 def test_scores_of_plain_lm_eval_are_the_native_ones(home: Path, alone: dict[str, Any]) -> None:
-    """Generation (exact match and F1) and ranking, on seven sets."""
+    """Generation (exact match and F1) and ranking, on seven sets and one made for F1."""
     tasks = write_suite_tasks(find_suite(str(home / "own.yaml")), home / "sets", home / "plain-tasks").tasks
     assert len(tasks) == len(SUITE)
     found = plain_lm_eval(home / "exports" / EVALUATED, home / "plain-tasks", tasks, home / "plain")

@@ -1,9 +1,10 @@
-"""Real evaluation sets where there are any, suites of some of them, and plain lm-eval to compare with."""
+"""Real evaluation sets, or made ones of their format; suites of some of them; plain lm-eval to compare with."""
 
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,12 +35,33 @@ def write_own_suite(path: Path, tasks: Sequence[str], longest_answer: int = 32) 
     return path
 
 
-def copy_sets(folder: Path, tasks: Sequence[str], rows: int) -> None:
-    """The first ``rows`` questions of the real set of each task, as ``folder/TASK.jsonl``."""
+def write_sets(folder: Path, tasks: Sequence[str], rows: int) -> None:
+    """``rows`` questions of each task as ``folder/TASK.jsonl``: the first of its real set, or made ones."""
     folder.mkdir(exist_ok=True)
     for name in tasks:
-        lines = (REAL_SETS / f"{STEMS.get(name, name)}.jsonl").read_text().split("\n")[:rows]
+        real = REAL_SETS / f"{STEMS.get(name, name)}.jsonl"
+        if real.is_file():
+            lines = real.read_text().split("\n")[:rows]
+        else:
+            lines = [json.dumps(made_row(name, number)) for number in range(rows)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def made_row(task: str, number: int) -> dict[str, Any]:
+    """A finished question with the fields of the real set of ``task``; another for each ``number``."""
+    red, blue = f"the {number} red foxes", f"the {3 * number + 1} blue birds"
+    match task:
+        case "triviaqa":
+            asked = f"Question: Who saw {red} near {blue}?\nAnswer:"
+            return {"context": asked, "answer": "Nobody", "aliases": ["Nobody", "No one"]}
+        case "lambada":
+            return {"context": f"We met {red}, then {blue}, and once more the red", "continuation": "foxes"}
+        case "winogrande" | "winograd":
+            options = [f"Because {animals} saw the rain {animals}" for animals in (red, blue)]
+            return {"context_options": options, "continuation": "went home.", "gold": number % 2}
+        case _:
+            asked, choices = f"Question: Of {red} and {blue}, which sang", [f"{red}.", f"{blue} did."]
+            return {"query": asked, "choices": choices, "gold": number % 2}
 
 
 def plain_lm_eval(model: Path, tasks_dir: Path, tasks: Sequence[str], out: Path, *options: str) -> Scores:
