@@ -1,4 +1,4 @@
-"""Real evaluation sets, or made ones of their format; suites of some of them; plain lm-eval to compare with."""
+"""Real evaluation sets, or made ones of their format; suites of them; plain lm-eval to compare with."""
 
 import json
 import math
