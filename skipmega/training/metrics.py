@@ -121,6 +121,13 @@ class HeldOutAlarms:
         ]
 
 
+def padding_share(config: RunConfig, seen: Averages, steps: int) -> float:
+    """Share of the tokens of ``steps`` steps whose label fills a packed sample up. They run like any other:
+    densities, capacity, tokens/s and FLOPs count them, the loss does not."""
+    tokens = steps * config.training.global_batch_size * config.data.sequence_length
+    return max(0.0, 1 - seen.learnt / tokens)
+
+
 def speed_numbers(
     config: RunConfig, seen: Averages, steps: int, seconds: float, devices: int, joules: float | None = None
 ) -> dict[str, float]:

@@ -113,7 +113,8 @@ class StepSums:
 
 @dataclass(frozen=True)
 class Averages:
-    """Global means of :class:`StepSums`: ``loss`` in nats per token, the rest by global layer number.
+    """Global means of :class:`StepSums`: ``loss`` in nats per token, ``learnt`` the number of those,
+    the rest by global layer number.
 
     ``router_gradient`` is the norm of the last step's gradient (before clipping); ``fullest_group`` the
     largest share of a group that ran, ``fullest_rank`` the largest mean share of a rank.
@@ -121,6 +122,7 @@ class Averages:
     """
 
     loss: float
+    learnt: float
     density: list[float]
     executed: list[float]
     computed: list[float]
@@ -164,4 +166,5 @@ def average(sums: StepSums, config: RunConfig, grid: ParallelGrid) -> Averages:
     loss, tokens, *rest = torch.cat([total[: -len(seconds)], peaks.flatten()]).tolist()
     by_layer = (*_MEANS, *_HOST_MEANS, "router_gradient", "fullest_group", "fullest_rank")
     lists = {name: rest[i * layers : (i + 1) * layers] for i, name in enumerate(by_layer)}
-    return Averages(loss=loss / max(tokens, 1.0), stage_seconds=total[-len(seconds) :].tolist(), **lists)
+    mean, times = loss / max(tokens, 1.0), total[-len(seconds) :].tolist()
+    return Averages(loss=mean, learnt=tokens, stage_seconds=times, **lists)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from skipmega.config import load_config
 from skipmega.data.arrangement import Arrangement, arrange
+from skipmega.launch.run import build_data, resolve
 from support.tiny_run import HALF, STEPS, pretrain_each, records
 from support.worlds import run_world
 
@@ -57,3 +59,10 @@ def test_a_run_on_packed_samples(stream_config: Path, tmp_path: Path) -> None:
     train, held_out = (records(tmp_path / "run", kind) for kind in ("train", "eval"))
     assert list(train) == list(range(1, STEPS + 1))
     assert held_out[STEPS]["loss"] < train[1]["loss"]
+    resolved, tokenizer = resolve(load_config(config), 1)
+    samples = build_data(resolved, tokenizer).train
+    learnt = [
+        float(samples[n]["loss_mask"].mean()) for n in range(STEPS * resolved.training.global_batch_size)
+    ]
+    padding = [train[step]["padding"] for step in train]
+    assert 0 < sum(padding) / STEPS == pytest.approx(1 - sum(learnt) / len(learnt), abs=1e-6)

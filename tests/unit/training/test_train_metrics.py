@@ -12,6 +12,7 @@ from skipmega.training.metrics import (
     RoutingAlarms,
     StepMeter,
     executed_shares,
+    padding_share,
     peak_memory_gib,
     routing_numbers,
     speed_numbers,
@@ -38,7 +39,8 @@ def saw(**lists: list[float]) -> Averages:
         "density", "executed", "computed", "moved", "entropy", "router_gradient", "fullest_group",
         "fullest_rank",
     )  # fmt: skip
-    return Averages(loss=2.0, stage_seconds=[0.0], **{name: lists.get(name, [0.0] * 4) for name in names})
+    by_layer = {name: lists.get(name, [0.0] * 4) for name in names}
+    return Averages(loss=2.0, learnt=7800.0, stage_seconds=[0.0], **by_layer)
 
 
 SEEN = saw(
@@ -113,6 +115,10 @@ def test_speed_counts_the_whole_job_and_flops_each_device() -> None:
     assert numbers["dense_tflops"] == pytest.approx(dense)
     assert numbers["executed_tflops"] == pytest.approx(executed)
     assert numbers["mfu"] == pytest.approx(executed / 0.5)
+
+
+def test_padding_is_what_has_nothing_to_learn() -> None:
+    assert padding_share(make_config(), SEEN, steps=10) == pytest.approx(200 / 8000)
 
 
 def test_without_a_stated_peak_there_is_no_mfu() -> None:
