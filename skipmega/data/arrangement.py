@@ -103,7 +103,8 @@ def arrange_shard(arrangement: Arrangement, shard: int) -> Manifest:
     """Write one shard, whole or not at all; nothing if that was done before.
 
     Documents are read one by one where they are, those of all pairs in turn. Memory holds their lengths
-    and places: some 50 bytes for each of the shard's, 100 if they are packed.
+    and places: an estimated 50 bytes for each of the shard's; packing adds 240 at its peak, at 1.9 pieces a
+    document.
 
     Raises:
         DataError: there is no such shard, what is there was made of something else, or as
