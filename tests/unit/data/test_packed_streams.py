@@ -95,6 +95,24 @@ def test_one_stream_for_every_history(packed: Path, tokenizer: Tokenizer) -> Non
     assert rows == whole
 
 
+def test_each_padding_token_is_a_document_of_its_own(packed: Path, tokenizer: Tokenizer) -> None:
+    loader = make_loader(
+        train_on(packed, tokenizer).train, consumed_samples=0, total_samples=SAMPLES,
+        micro_batch_size=SAMPLES, dp_rank=0, dp_size=1, document_end=tokenizer.eod_id, num_workers=0,
+        pin_memory=False,
+    )  # fmt: skip
+    batch = next(loader)
+    assert batch.document_ids is not None
+    found = 0
+    for tokens, documents in zip(batch.tokens.tolist(), batch.document_ids.tolist(), strict=True):
+        sizes = Counter(documents)
+        for at in range(1, LENGTH):
+            if tokens[at - 1] == tokens[at] == tokenizer.eod_id:
+                assert sizes[documents[at]] == 1
+                found += 1
+    assert found > 0
+
+
 def test_held_out_samples_are_whole_ones(packed: Path, tokenizer: Tokenizer) -> None:
     datasets = train_on(packed, tokenizer, train=200, valid=40)
     assert datasets.valid is not None
