@@ -8,6 +8,7 @@ same corpus ten times over, for its memory.
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path, help="a JSON lines file, not compressed")
     parser.add_argument("--tokenizer", required=True, help="a sentencepiece model")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="1, and others (1 2)")
     arguments = parser.parse_args()
 
     from skipmega.data.readers import Corpus
@@ -30,21 +32,24 @@ def main() -> None:
 
     tokenizer = Tokenizer.load(arguments.tokenizer)
     megabytes = sum(len(document.text.encode()) for document in Corpus([arguments.corpus])) / 1e6
-    print(f"{megabytes:.2f} MB of text, {arguments.rounds} rounds")
+    print(f"{megabytes:.2f} MB of text, {arguments.rounds} rounds, {os.cpu_count()} processors")
+    print(f"{'':20}MB for a second of a processor; MB a second on the clock; each over sentencepiece's")
     with tempfile.TemporaryDirectory() as name:
-        compared = ways(arguments.corpus, tokenizer, Path(name))
+        compared = ways(arguments.corpus, tokenizer, Path(name), arguments.processes)
+        if not any(way.startswith("datatrove") for way in compared):
+            print("datatrove is not installed: left out")
         rounds = [{way: measure(do) for way, do in compared.items()} for _ in range(arguments.rounds)]
         for way in compared:
             costs = [each[way] for each in rounds]
-            ratios = [each["sentencepiece"].processor / each[way].processor for each in rounds]
-            print(
-                f"{way:24}{megabytes / median(cost.processor for cost in costs):7.2f} MB a second on a "
-                f"processor, {median(ratios):.2f} of sentencepiece ({min(ratios):.2f} to {max(ratios):.2f}); "
-                f"{megabytes / median(cost.clock for cost in costs):.2f} MB/s on the clock"
-            )
+            said = []
+            for of in ("processor", "clock"):
+                ratios = [getattr(each["sentencepiece, 1"], of) / getattr(each[way], of) for each in rounds]
+                speed = megabytes / median(getattr(cost, of) for cost in costs)
+                said.append(f"{speed:6.2f} {median(ratios):5.2f} ({min(ratios):.2f} - {max(ratios):.2f})")
+            print(f"{way:20}{'   '.join(said)}", flush=True)
         for times in (1, 10):
             grown = grown_corpus(arguments.corpus, times, Path(name))
-            cost = measure(ways(grown, tokenizer, Path(name))["skipmega, 1 process"])
+            cost = measure(ways(grown, tokenizer, Path(name))["skipmega, 1"])
             print(f"{times * megabytes:.1f} MB: {cost.mib:.0f} MiB above what was resident before")
 
 

@@ -1,15 +1,16 @@
 """How fast a corpus becomes tokens, beside sentencepiece alone and the ways of megatron-core and datatrove.
 
-Each measurement is a process of its own that has everything loaded when it begins; what counts is its time
-on a processor, with that of its children, as on a shared machine time on the clock says little.
+Each measurement is a process of its own that has everything loaded when it begins. On a shared machine its
+time on processors counts, with that of its children, and time on the clock says little.
 """
 
+import json
 import multiprocessing
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,7 @@ from skipmega.data.tokenizer import Tokenizer
 from skipmega.hf.tokenizer import export_tokenizer
 
 Way = Callable[[], None]
+_FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,13 @@ class Cost:
     mib: float
 
 
-def ways(corpus: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, Way]:
-    """What is compared, by name, each from the file to what it writes in ``folder``.
+def ways(
+    corpus: Path, tokenizer: Tokenizer, folder: Path, processes: Sequence[int] = (1, 2)
+) -> dict[str, Way]:
+    """What is compared, by name, each from the file to what it writes in ``folder``, by so many processes.
 
-    ``sentencepiece`` has the texts in memory and writes nothing: nothing that uses it is faster.
+    ``sentencepiece`` has the texts in memory and writes nothing: nothing that uses it is faster. By several
+    processes it tells what the host's cores lose by being busy together.
     """
     texts = [document.text for document in Corpus([corpus])]
 
@@ -50,24 +55,19 @@ def ways(corpus: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, Way]:
 
         return prepare
 
-    def plain() -> None:
-        for text in texts:
-            tokenizer.encode(text)
-
+    theirs = {number: _megatron(corpus, tokenizer, folder, number) for number in processes}
     return {
-        "sentencepiece": plain,
-        "skipmega, 1 process": ours(1),
-        "skipmega, 2 processes": ours(2),
-        "megatron-core": _megatron(corpus, tokenizer, folder),
-        "datatrove": _datatrove(corpus, tokenizer, folder),
+        **{f"sentencepiece, {number}": _plain(texts, tokenizer, number) for number in processes},
+        **{f"skipmega, {number}": ours(number) for number in processes},
+        **{f"megatron-core, {number}": way for number, way in theirs.items()},
+        **_datatrove(corpus, tokenizer, folder),
     }
 
 
 def measure(way: Way) -> Cost:
     """Run ``way`` in a process of its own."""
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_here, args=(way, sending))
+    receiving, sending = _FORK.Pipe(duplex=False)
+    process = _FORK.Process(target=_measure_here, args=(way, sending))
     process.start()
     cost: Cost = receiving.recv()
     process.join()
@@ -103,25 +103,64 @@ def _peak_mib() -> float:
     return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 
-def _megatron(corpus: Path, tokenizer: Tokenizer, folder: Path) -> Way:
-    """As its tools/preprocess_data.py goes about it: its tokenizer, its builder, document by document."""
+def _plain(texts: Sequence[str], tokenizer: Tokenizer, processes: int) -> Way:
+    def encode(first: int) -> None:
+        for text in texts[first::processes]:
+            tokenizer.encode(text)
+
+    def encode_all() -> None:
+        others = [_FORK.Process(target=encode, args=(first,)) for first in range(1, processes)]
+        for process in others:
+            process.start()
+        encode(0)
+        for process in others:
+            process.join()
+
+    return encode_all
+
+
+def _megatron(corpus: Path, tokenizer: Tokenizer, folder: Path, processes: int) -> Way:
+    """As its tools/preprocess_data.py goes about it: its tokenizer, its builder, document by document; with
+    several processes lines go to a pool, 32 at a time, and ids come back as lists."""
     theirs = SentencePieceTokenizer(str(tokenizer.path))
 
-    def prepare() -> None:
+    def encode(line: str) -> list[int]:
+        return [*theirs.text_to_ids(json.loads(line)["text"]), tokenizer.eod_id]
+
+    def write(documents: Iterable[list[int]]) -> None:
         builder = IndexedDatasetBuilder(str(folder / "megatron.bin"), dtype=np.uint16)
-        for text in _texts(corpus):
-            ids = [*theirs.text_to_ids(text), tokenizer.eod_id]
+        for ids in documents:
             builder.add_document(ids, [len(ids)])
         builder.finalize(str(folder / "megatron.idx"))
+
+    def prepare() -> None:
+        with corpus.open(encoding="utf-8") as lines:
+            if processes == 1:
+                write(map(encode, lines))
+                return
+            with _FORK.Pool(processes, _encoders.append, (encode,)) as pool:
+                write(pool.imap(_encode_line, lines, 32))
+                pool.close()
+                pool.join()
 
     return prepare
 
 
-def _datatrove(corpus: Path, tokenizer: Tokenizer, folder: Path) -> Way:
-    """Its writer of Megatron files, with the same vocabulary as a Hugging Face tokenizer."""
-    from datatrove.data import Document
-    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
+_encoders: list[Callable[[str], list[int]]] = []  # of a process of the pool
 
+
+def _encode_line(line: str) -> list[int]:
+    return _encoders[-1](line)
+
+
+def _datatrove(corpus: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, Way]:
+    """Its writer of Megatron files, with the same vocabulary as a Hugging Face tokenizer; none where it is
+    not installed."""
+    try:
+        from datatrove.data import Document
+        from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
+    except ImportError:
+        return {}
     exported = tempfile.mkdtemp(dir=folder)
     export_tokenizer(tokenizer.path, exported)
     step = MegatronDocumentTokenizer(
@@ -133,7 +172,7 @@ def _datatrove(corpus: Path, tokenizer: Tokenizer, folder: Path) -> Way:
         documents = (Document(text=text, id=str(number)) for number, text in enumerate(_texts(corpus)))
         step.run(documents)
 
-    return prepare
+    return {"datatrove, 1": prepare}
 
 
 def _texts(corpus: Path) -> Iterable[str]:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
     return folder
 
 
-def train_on(folder: Path, tokenizer: Tokenizer, train: int = SAMPLES, valid: int = 0) -> RunDatasets:
+def train_on(
+    folder: Path, tokenizer: Tokenizer, train: int = SAMPLES, valid: int = 0, **changes: Any
+) -> RunDatasets:
     source = {"path": f"{folder}/web-*", "name": "web"}
-    return build(config(folder, train=[source]), tokenizer, train=train, valid=valid)
+    return build(config(folder, **{"train": [source], **changes}), tokenizer, train=train, valid=valid)
 
 
 def read_pieces(
@@ -79,11 +82,18 @@ def test_an_epoch_has_every_document_and_padding_is_not_learnt(packed: Path, tok
 
 
 def test_one_stream_for_every_history(packed: Path, tokenizer: Tokenizer) -> None:
-    """Resumed at every step, on 1, 2 and 4 ranks in turn."""
-    whole = [train_on(packed, tokenizer).train[n]["tokens"].tolist() for n in range(SAMPLES)]
+    """Resumed at every step, on 1, 2 and 4 ranks in turn, across a stage and past samples left out."""
+    changes = {
+        "train": [{"path": f"{packed}/web-00000"}, {"path": f"{packed}/web-00001", "weight": 0.3}],
+        "stages": [{"from_tokens": 30 * LENGTH, "weights": {"web-00001": 1.0}}],
+        "leave_out": [[12, 21]],
+    }
+    first_attempt = train_on(packed, tokenizer, **changes).train
+    whole = [first_attempt[n]["tokens"].tolist() for n in range(SAMPLES)]
+    assert whole != [train_on(packed, tokenizer).train[n]["tokens"].tolist() for n in range(SAMPLES)]
     rows: list[list[int]] = []
     for number, first in enumerate(range(0, SAMPLES, 8)):
-        ranks, attempt = (1, 2, 4)[number % 3], train_on(packed, tokenizer).train
+        ranks, attempt = (1, 2, 4)[number % 3], train_on(packed, tokenizer, **changes).train
         loaders = [
             make_loader(
                 attempt, consumed_samples=first, total_samples=first + 8, micro_batch_size=2, dp_rank=rank,
