@@ -35,10 +35,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
 
 
 def train_on(
-    folder: Path, tokenizer: Tokenizer, train: int = SAMPLES, valid: int = 0, **changes: Any
+    folder: Path, tokenizer: Tokenizer, count: int = SAMPLES, valid: int = 0, **changes: Any
 ) -> RunDatasets:
-    source = {"path": f"{folder}/web-*", "name": "web"}
-    return build(config(folder, **{"train": [source], **changes}), tokenizer, train=train, valid=valid)
+    changes = {"train": [{"path": f"{folder}/web-*", "name": "web"}], **changes}
+    return build(config(folder, **changes), tokenizer, train=count, valid=valid)
 
 
 def read_pieces(
@@ -124,7 +124,7 @@ def test_each_padding_token_is_a_document_of_its_own(packed: Path, tokenizer: To
 
 
 def test_held_out_samples_are_whole_ones(packed: Path, tokenizer: Tokenizer) -> None:
-    datasets = train_on(packed, tokenizer, train=200, valid=40)
+    datasets = train_on(packed, tokenizer, count=200, valid=40)
     assert datasets.valid is not None
     train, valid = (
         {tuple(part[n]["tokens"].tolist()) for n in range(count)}
