@@ -167,10 +167,12 @@ class TrainingConfig(Section):
     last checkpoint's state. Every ``replica_interval`` steps (0: only at such a step) ranks compare what they
     must have in common.
 
-    ``recompute`` runs a part of each layer again in backward in place of keeping what it needs:
-    ``attention`` (its projections too), ``mlp`` (the feed-forward network with its norm), or the layer in
-    ``full``; decisions and gradients are the same. ``gradient_precision`` is that in which gradients of a
-    bf16 run are summed over micro-batches and over data ranks: in bf16 what is small beside its sum is lost.
+    ``recompute`` runs a part of each layer again in backward in place of keeping what it needs: what is
+    ``cheap`` (norms, packing of normalised rows, the activation; only compiled layers then keep no inputs of
+    the matrix products that follow), ``attention`` (its projections too), ``mlp`` (the feed-forward network
+    with its norm), or the layer in ``full``; decisions and gradients are the same. ``gradient_precision`` is
+    that in which gradients of a bf16 run are summed over micro-batches and over data ranks: in bf16 what is
+    small beside its sum is lost.
 
     ``attention`` names what attends for packed queries, see :mod:`skipmega.kernels.attention`.
 
@@ -194,7 +196,7 @@ class TrainingConfig(Section):
     compile: bool = False
     attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"
     cuda_graphs: bool = False
-    recompute: Literal["none", "attention", "mlp", "full"] = "none"
+    recompute: Literal["none", "cheap", "attention", "mlp", "full"] = "none"
     seed: int = Field(1234, ge=0)
     eval_interval: int = Field(100, ge=0)
     eval_sequences: int = Field(64, ge=1)

@@ -168,12 +168,14 @@ def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
     values, the result of attention before and after its projection, the feed-forward network before and after
     its activation, and what a router weights. Products that follow a gathering have gathered inputs. Masks
     are not made, small things are left out. Of what ``recompute`` names, only the input is kept, as it is
-    before it is gathered.
+    before it is gathered; results of what is ``cheap`` are kept if they are gathered.
     """
     model, routing, tensor = config.model, config.routing, config.parallel.tensor_parallel
     hidden, routed, rows = model.hidden_size, config.layer_is_routed(layer), _rows(config)
     heads = model.num_attention_heads * model.head_size / tensor
-    inner = (3 if model.activation == "swiglu" else 2) * model.ffn_size / tensor
+    cheap = recompute == "cheap"
+    inner = ((2 if model.activation == "swiglu" else 1) + (not cheap)) * model.ffn_size / tensor
+    normed = 0 if cheap and not config.parallel.sequence_parallel else hidden
     shares = part_shares(config, computed_share(config, layer))
     packs_queries = routed and not routing.computes_all and routing.keys_values == "all"
     packs_queries = packs_queries and routing.wrap != "mlp"
@@ -183,10 +185,11 @@ def _layer_activations(config: RunConfig, layer: int, recompute: str) -> float:
     if recompute == "attention":
         own += shares.keys_values * hidden
     else:
-        entered += shares.keys_values * hidden + shares.queries * (2 * heads + packs_queries * hidden)
+        entered += shares.keys_values * normed
+        entered += shares.queries * (2 * heads + (0 if cheap else packs_queries * hidden))
         gathered += shares.keys_values * 2 * model.kv_heads * model.head_size / tensor
     if recompute != "mlp":
-        entered += shares.mlp * (hidden + inner)
+        entered += shares.mlp * (normed + inner)
     elif routed and routing.wrap == "mlp":
         own += shares.mlp * hidden
     kept = own * rows.own + entered * rows.entered + gathered * rows.sequence

@@ -7,6 +7,7 @@ from skipmega.config import ModelConfig
 from skipmega.kernels.attention import AttentionBackend, packed_attention
 from skipmega.kernels.rows import gather_rows
 from skipmega.models.cache import LayerCache
+from skipmega.models.recompute import run_again
 from skipmega.models.rotary import RotaryTable, rotary_table, rotate
 from skipmega.parallel.layers import ColumnLinear, RowLinear
 from skipmega.parallel.sequence import SequenceShards
@@ -14,10 +15,14 @@ from skipmega.routing.plan import PackingPlan
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention with rotary positions; heads are cut over the tensor axis."""
+    """Multi-head or grouped-query attention with rotary positions; heads are cut over the tensor axis.
 
-    def __init__(self, model: ModelConfig, shards: SequenceShards) -> None:
+    ``packs_again`` packs the tokens that ask again in backward.
+    """
+
+    def __init__(self, model: ModelConfig, shards: SequenceShards, packs_again: bool = False) -> None:
         super().__init__()
+        self.packs_again = packs_again
         self.shards = shards
         self.head_size = model.head_size
         self.theta = model.rope_theta
@@ -61,7 +66,8 @@ class Attention(nn.Module):
         if positions is not None and (self.shards.context.size > 1 or cached is not None):
             keys_at = positions.expand(-1, tokens.shape[1])
         if asking is not None:
-            packed = gather_rows(shared.flatten(0, 1), asking.rows, asking.slots)
+            rows = (shared.flatten(0, 1), asking.rows, asking.slots)
+            packed = run_again(gather_rows, *rows, when=self.packs_again and self.training)
             asked = packed.view(-1, *shared.shape[1:])
             at = keys_at = asking.positions if keys_at is None else keys_at.gather(0, asking.positions)
         query = rotate(self._heads(self.query(asked)), rotary, at)

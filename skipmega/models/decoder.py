@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from megatron.core.enums import ModelType
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from skipmega.config import RunConfig
 from skipmega.models.graphs import LayerGraphs
 from skipmega.models.initialization import initialize
 from skipmega.models.layer import DecoderLayer, LayerContext, LayerResult, RoutingRecord
 from skipmega.models.norm import RMSNorm
+from skipmega.models.recompute import run_again
 from skipmega.models.rotary import rotary_table
 from skipmega.models.stages import cut_stages
 from skipmega.parallel.grid import ParallelGrid
@@ -239,9 +239,7 @@ class DecoderStage(nn.Module):
             result: LayerResult = layer(hidden, inputs, context)
             return result
         run = self._compiled.get(name, layer)
-        if not self.recompute_layers:
-            return run(hidden, inputs, context)
-        result = checkpoint(run, hidden, inputs, context, use_reentrant=False, preserve_rng_state=False)
+        result = run_again(run, hidden, inputs, context, when=self.recompute_layers)
         return result
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:

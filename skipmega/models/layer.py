@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from skipmega.config import RunConfig
 from skipmega.kernels.attention import AttentionBackend
@@ -20,6 +19,7 @@ from skipmega.models.attention import Attention
 from skipmega.models.cache import LayerCache
 from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
+from skipmega.models.recompute import run_again
 from skipmega.models.rotary import RotaryTable
 from skipmega.parallel.sequence import SequenceShards
 from skipmega.routing.dispatch import gather_counts, plan_balance, run_balanced
@@ -93,9 +93,10 @@ class DecoderLayer(nn.Module):
         super().__init__()
         model = config.model
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.attention = Attention(model, shards)
+        cheap = config.training.recompute == "cheap"
+        self.attention = Attention(model, shards, packs_again=cheap)
         self.mlp_norm = RMSNorm(model.hidden_size, model.norm_epsilon)
-        self.mlp = MLP(model, shards)
+        self.mlp = MLP(model, shards, activates_again=cheap)
         self.shards = shards
         self.router = None if density is None else Router(config.routing, model.hidden_size)
         self.density = 1.0 if density is None else density
@@ -118,14 +119,14 @@ class DecoderLayer(nn.Module):
             length = hidden.shape[0] * self.shards.both.size
             table = self.attention.rotary_table(length, hidden.device)
             context = replace(context, rotary=table)
-        normed = self.attention_norm(hidden)
+        normed = self._part("cheap", self.attention_norm, hidden)
         if self.router is None:
             middle = hidden + self._attend(normed, context)
             return middle + self._feed_forward(middle), None
         assert inputs is not None
         if self.routing.wrap == "mlp":
             hidden = hidden + self._attend(normed, context)
-            normed = self.mlp_norm(hidden)
+            normed = self._part("cheap", self.mlp_norm, hidden)
         density = 1 - (1 - self.density) * context.warmed if self.training else self.eval_density
         tokens = hidden if self.routing.router_input == "raw" else normed
         decision = self.router(tokens, inputs, density, self.shards)
@@ -175,7 +176,7 @@ class DecoderLayer(nn.Module):
         plan = plans.mine
 
         def pack(full: Tensor) -> Tensor:
-            packed = gather_rows(full.flatten(0, 1), plan.rows, plan.slots)
+            packed = self._part("cheap", gather_rows, full.flatten(0, 1), plan.rows, plan.slots)
             return packed.view(-1, full.shape[1], full.shape[-1])
 
         if self.routing.wrap == "mlp":
@@ -228,14 +229,11 @@ class DecoderLayer(nn.Module):
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         """Normalise and run the feed-forward network: [..., hidden] to [..., hidden]."""
-        return self._part("mlp", lambda rows: self.mlp(self.mlp_norm(rows)), hidden)
+        return self._part("mlp", lambda rows: self.mlp(self._part("cheap", self.mlp_norm, rows)), hidden)
 
     def _part(self, name: str, part: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Run a part of the layer, again in backward if ``training.recompute`` names it."""
-        if self.recompute != name or not self.training:
-            return part(*arguments)
-        again: Tensor = checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return again
+        return run_again(part, *arguments, when=self.recompute == name and self.training)
 
     def _mask(
         self, hidden: Tensor, normed: Tensor, decision: Decision, plan: PackingPlan, context: LayerContext

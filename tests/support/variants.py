@@ -50,6 +50,7 @@ VARIANTS = {
     "bf16": {"routing": {"router": "random"}, "training": {"precision": "bf16"}},
     "many-heads": {"model": {"num_attention_heads": 4, "num_key_value_heads": 4}},
     "recompute": {"training": {"recompute": "full"}},
+    "recompute-cheap": {"training": {"recompute": "cheap"}},
     "recompute-attention": {"training": {"recompute": "attention"}},
     "warmup": {"routing": {"router": "quantile", "density_warmup_steps": 2}, "training": RANK_BY_RANK},
 }  # fmt: skip

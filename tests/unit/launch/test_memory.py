@@ -222,12 +222,13 @@ def one_layer(kind: str, **sections: dict[str, Any]) -> RunConfig:
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_activations_are_what_a_compiled_layer_keeps(grid: ParallelGrid, kind: str) -> None:
+def test_activations_are_what_a_compiled_layer_keeps(grid: ParallelGrid, kind: str, recompute: str) -> None:
     """Nearly: indices and other small things are left out."""
-    config = one_layer(kind)
-    kept = kept_for_backward(resolve_grid(config, 1), grid)
-    assert 0.96 * kept < memory(config).activations < kept
+    config = resolve_grid(layer_of(kind, {}, recompute), 1)
+    kept = kept_for_backward(config, grid)
+    assert 0.96 * kept < _layer_activations(config, 0, recompute) < kept
 
 
 def layer_of(kind: str, parallel: dict[str, Any], recompute: str) -> RunConfig:
@@ -238,6 +239,9 @@ CUTS: list[tuple[str, dict[str, Any], str]] = [
     ("gumbel", {"tensor_parallel": 2}, "none"),
     ("wide-heads", {"tensor_parallel": 2}, "none"),
     *((kind, SP, "none") for kind in ("gumbel", "dense-swiglu", "mlp", "attention")),
+    *((kind, SP, "cheap") for kind in ("gumbel", "dense-swiglu", "mlp")),
+    ("gumbel", {"tensor_parallel": 2}, "cheap"),
+    ("gumbel", {"context_parallel": 2}, "cheap"),
     *((kind, {"context_parallel": 2}, "none") for kind in ("gumbel", "dense-swiglu", "mlp")),
 ]
 
@@ -389,7 +393,7 @@ def test_so_it_is_for_a_larger_model_and_every_density(density: float, measured:
 
 def test_recomputing_keeps_less_and_one_layer_at_a_time() -> None:
     kept = {
-        how: memory(make_config(training={"recompute": how})) for how in ("none", "attention", "mlp", "full")
+        how: memory(make_config(training={"recompute": how})) for how in ("none", "cheap", "attention", "mlp", "full")
     }
     assert kept["full"].activations < min(kept["attention"].activations, kept["mlp"].activations)
     assert max(kept["attention"].activations, kept["mlp"].activations) < kept["none"].activations
