@@ -3,6 +3,7 @@
 writes a table and figures: loss against executed FLOPs and against time.
 
 python tools/ladder.py pretrain/configs/ladder/routers.yaml --output runs/ladder
+python tools/ladder.py pretrain/configs/bench/curves.yaml --output runs/curves --curves 50
 """
 
 import argparse
@@ -23,12 +24,15 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=3, help="trials on one GPU at a time (3)")
     parser.add_argument("--deadline", type=float, help="start nothing after so many seconds; rerun continues")
     parser.add_argument("--time-steps", type=int, default=0, help="then time so many steps of each row alone")
+    parser.add_argument(
+        "--curves", type=int, metavar="STEPS", help="also the first rate's losses side by side, every so many"
+    )
     parser.add_argument("--only-report", action="store_true", help="write table and figures of what there is")
     arguments = parser.parse_args()
 
     import torch
 
-    from skipmega.experiments.plan import load_plan, row_config
+    from skipmega.experiments.plan import Trial, load_plan, row_config
     from skipmega.experiments.report import draw, markdown_table, summarise_rows
     from skipmega.experiments.runner import LadderRunner
 
@@ -54,6 +58,16 @@ def main() -> None:
     (arguments.output / "table.md").write_text(table)
     draw(summaries, plan.reference, arguments.output)
     print(table)
+    if arguments.curves:
+        from skipmega.experiments.curves import curve_table
+        from skipmega.inspection.figures import plot_curves
+
+        folders = {row: arguments.output / Trial(row, plan.rates[0], plan.seeds[0]).name for row in plan.rows}
+        metrics = {row: path for row in rows if (path := folders[row] / "metrics.jsonl").is_file()}
+        curves = curve_table(metrics, plan.reference, arguments.curves)
+        (arguments.output / "curves.md").write_text(curves)
+        plot_curves(metrics, arguments.output / "curves.png")
+        print(curves)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ class LadderPlan(Section):
     overrides (``section.field=value``; an entry without ``=`` names a row whose overrides come first).
     ``reference`` names the row that the others are compared with. Every row is trained at each of ``rates``
     (peak learning rates, ascending by a constant factor) with the first of ``seeds``; where the best one lies
-    at an end, the range is extended by at most ``extensions`` rates there. The best rate is repeated with the
+    at an end, the range is extended by at most ``extensions`` rates there. A single rate is no sweep. The best rate is repeated with the
     other seeds.
     """
 
     base: str
     reference: str
-    rates: list[float] = Field(min_length=3)
+    rates: list[float] = Field(min_length=1)
     extensions: int = Field(2, ge=0)
     seeds: list[int] = Field(min_length=1)
     rows: dict[str, list[str]]
@@ -36,6 +36,8 @@ class LadderPlan(Section):
             raise ValueError(f"reference={self.reference} is not one of the rows: {', '.join(self.rows)}")
         if self.rates != sorted(set(self.rates)):
             raise ValueError(f"rates={self.rates} must rise")
+        if len(self.rates) < 3 and (len(self.rates) > 1 or self.extensions):
+            raise ValueError(f"rates={self.rates}: give three or more, or a single one and extensions=0")
         for row in self.rows:
             self.overrides(row)
         return self
