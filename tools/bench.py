@@ -4,6 +4,7 @@
     python tools/bench.py layer attention peers step --output runs/bench/speed --deadline 420
     python tools/bench.py report --output runs/bench/speed
     python tools/bench.py profile          # where the time of a layer goes
+    python tools/bench.py profile-step --layers 6  # where the time of a step of so many layers goes
     python tools/bench.py tiles            # which tiles suit the kernels of attention
     python tools/bench.py floor            # what a layer and a step cost at least, by count
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from skipmega.experiments.speed.bench import Bench
 
 MODES = ("layer", "attention", "peers", "step")
-OTHERS = ("report", "profile", "tiles", "floor")
+OTHERS = ("report", "profile", "profile-step", "tiles", "floor")
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     chosen = [mode for mode in MODES if mode in modes]
     if chosen:
         _measure(chosen, overrides, arguments)
-    if {"profile", "tiles"} & set(modes):
+    if {"profile", "profile-step", "tiles"} & set(modes):
         _explain(modes, overrides, arguments)
     if chosen or "report" in modes:
         from skipmega.experiments.speed.bench import read_records
@@ -91,12 +92,14 @@ def _measure(modes: list[str], overrides: list[str], arguments: argparse.Namespa
 
 
 def _explain(modes: list[str], overrides: list[str], arguments: argparse.Namespace) -> None:
-    from skipmega.experiments.speed.profiles import profile_layers, sweep_tiles
+    from skipmega.experiments.speed.profiles import profile_layers, profile_steps, sweep_tiles
     from skipmega.parallel.grid import end_communication
 
     bench = _bench(overrides, arguments)
     if "profile" in modes:
         print(profile_layers(bench, arguments.output))
+    if "profile-step" in modes:
+        print(profile_steps(bench, arguments.output))
     if "tiles" in modes:
         for line in sweep_tiles(bench):
             print(line, flush=True)

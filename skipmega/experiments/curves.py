@@ -32,7 +32,9 @@ def curve_table(runs: Mapping[str, Path], reference: str, steps: int) -> str:
     losses = {name: window_losses(run, steps) for name, run in metrics.items()}
     ends = list(losses[reference])
     if other := [name for name, found in losses.items() if list(found) != ends]:
-        raise DataError(f"{', '.join(other)}: not of the same steps as {reference}: rerun what was ended early")
+        raise DataError(
+            f"{', '.join(other)}: not of the same steps as {reference}: rerun what was ended early"
+        )
     head = ["loss after steps", *map(str, ends), "largest distance", "densities"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, found in losses.items():

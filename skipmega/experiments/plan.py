@@ -141,7 +141,7 @@ def best_trial(plan: LadderPlan, row: str, losses: dict[Trial, float | None]) ->
 def is_at_an_end(plan: LadderPlan, best: Trial, losses: dict[Trial, Any]) -> bool:
     """Whether the best rate is the smallest or largest tried."""
     tried = [t.rate for t in losses if t.row == best.row and t.seed == plan.seeds[0]]
-    return best.rate in (min(tried), max(tried))
+    return len(tried) > 1 and best.rate in (min(tried), max(tried))
 
 
 def _beyond(plan: LadderPlan, row: str, best: Trial, losses: dict[Trial, float | None]) -> Trial | None:

@@ -1,15 +1,21 @@
-"""Where the time of a layer goes, and which tiles suit attention's kernels."""
+"""Where the time of a layer and of a step goes, and which tiles suit attention's kernels."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from skipmega.experiments.speed.bench import Bench, precision, timed
+from skipmega.experiments.speed.bench import Bench, precision, release_memory, timed
 from skipmega.experiments.speed.layers import DENSE, own_stack
+from skipmega.experiments.step_times import now, random_batches
+from skipmega.training.engine import TrainingEngine
+from skipmega.training.metrics import peak_memory_gib
+from skipmega.training.sums import StepSums
 
 PARTS = {
     "matrix": ("gemm", "cutlass", "nvjet", "xmma", "cublas"),
@@ -41,22 +47,59 @@ def profile_layers(bench: Bench, output: Path) -> str:
             once()
             if bench.grid.device.type == "cuda":
                 torch.cuda.synchronize()
-        kernels = seen.key_averages()
-        (output / f"profile-{name}.txt").write_text(
-            kernels.table(sort_by="self_device_time_total", row_limit=LINES, max_name_column_width=90)
-        )
-        times: dict[str, float] = defaultdict(float)
-        launched = 0
-        for event in kernels:
-            if event.device_type.name == "CUDA":
-                times[_part(event.key)] += event.self_device_time_total / 1e3 / bench.layers
-                launched += event.count
-        cells = [f"{times[part]:.2f}" for part in (*PARTS, "other")]
-        total = sum(times.values())
+        times, launched = _kernels(seen, output / f"profile-{name}.txt")
+        cells = [f"{times[part] / bench.layers:.2f}" for part in (*PARTS, "other")]
+        total = sum(times.values()) / bench.layers
         lines.append(
             f"| {name} | {total:.2f} | " + " | ".join([*cells, f"{launched / bench.layers:.0f}"]) + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def profile_steps(bench: Bench, output: Path) -> str:
+    """Kernels of whole steps of ``bench.layers`` layers, dense and at P=0.25, by time: a table in all, and each
+    kernel in ``profile-step-*.txt``. Steps are timed without the profiler."""
+    output.mkdir(parents=True, exist_ok=True)
+    head = ["step of", "ms", "fastest", "GPU busy", *PARTS, "other", "kernels", "peak GiB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, overrides in {"dense": DENSE, "P=0.25": ["routing.density=0.25"]}.items():
+        config = bench.config(f"model.num_layers={bench.layers}", *overrides)
+        device = bench.grid.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        engine, batches = TrainingEngine(config, bench.grid), random_batches(config, bench.grid)
+        sums, times = StepSums.zeros(config, bench.grid), []
+        for step in range(2 + bench.steps):
+            start = now(device)
+            engine.train_step(batches, step, config.optimizer.learning_rate, sums)
+            times.append(1e3 * (now(device) - start))
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            engine.train_step(batches, len(times), config.optimizer.learning_rate, sums)
+            now(device)
+        parts, launched = _kernels(seen, output / f"profile-step-{name}.txt")
+        by_part = [f"{parts[part]:.1f}" for part in (*PARTS, "other")]
+        steps, peak = times[2:], peak_memory_gib(device) or 0.0
+        whole = [f"{t:.1f}" for t in (statistics.median(steps), min(steps), sum(parts.values()))]
+        lines.append("| " + " | ".join([name, *whole, *by_part, str(launched), f"{peak:.1f}"]) + " |")
+        engine.close()
+        del engine
+        release_memory(device)
+    return "\n".join(lines) + "\n"
+
+
+def _kernels(seen: Any, path: Path) -> tuple[dict[str, float], int]:
+    """Milliseconds of the kernels of each part, and how many were launched; each kernel goes to ``path``."""
+    kernels = seen.key_averages()
+    path.write_text(
+        kernels.table(sort_by="self_device_time_total", row_limit=LINES, max_name_column_width=90)
+    )
+    times: dict[str, float] = defaultdict(float)
+    launched = 0
+    for event in kernels:
+        if event.device_type.name == "CUDA":
+            times[_part(event.key)] += event.self_device_time_total / 1e3
+            launched += event.count
+    return times, launched
 
 
 def _part(kernel: str) -> str:

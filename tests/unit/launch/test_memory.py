@@ -393,7 +393,8 @@ def test_so_it_is_for_a_larger_model_and_every_density(density: float, measured:
 
 def test_recomputing_keeps_less_and_one_layer_at_a_time() -> None:
     kept = {
-        how: memory(make_config(training={"recompute": how})) for how in ("none", "cheap", "attention", "mlp", "full")
+        how: memory(make_config(training={"recompute": how}))
+        for how in ("none", "cheap", "attention", "mlp", "full")
     }
     assert kept["full"].activations < min(kept["attention"].activations, kept["mlp"].activations)
     assert max(kept["attention"].activations, kept["mlp"].activations) < kept["none"].activations

@@ -10,6 +10,7 @@ from torch import nn
 from skipmega.experiments.speed.attention import attention_rows
 from skipmega.experiments.speed.bench import Bench, Row, read_records, run_rows
 from skipmega.experiments.speed.layers import layer_rows, peer_rows
+from skipmega.experiments.speed.profiles import profile_steps
 from skipmega.experiments.speed.steps import MasterWeights, PlainWeights, hugging_face, own_stage, step_rows
 from skipmega.experiments.step_times import random_batches
 from skipmega.parallel.grid import ParallelGrid
@@ -48,6 +49,13 @@ def test_every_row_but_what_needs_a_gpu_is_measured(
     assert doubled["flops"] == pytest.approx(2 * half["flops"], rel=0.1)
     assert records["step", "MHA 0.5, twice as many layers"]["layers"] == 4
     assert records["step", "own, bf16 weights"]["flops"] == records["step", "MHA dense"]["flops"]
+
+
+def test_steps_are_profiled_kernel_by_kernel(bench: Bench, tmp_path: Path) -> None:
+    lines = profile_steps(bench, tmp_path).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["dense", "P=0.25"]
+    assert "aten::" in (tmp_path / "profile-step-P=0.25.txt").read_text()
 
 
 def test_records_are_kept_failures_and_late_rows_are_not(bench: Bench, tmp_path: Path) -> None:
