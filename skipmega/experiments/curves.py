@@ -8,7 +8,7 @@ from skipmega.inspection.metrics import RunMetrics, read_metrics
 
 
 def window_losses(metrics: RunMetrics, steps: int) -> dict[int, float]:
-    """Mean training loss of every ``steps`` steps, by the window's last step; unfinished ones are left out."""
+    """Mean training loss of every ``steps`` steps, by a window's last step; unfinished ones are left out."""
     windows: dict[int, list[float]] = {}
     for record in metrics.train:
         windows.setdefault(-(-record["step"] // steps) * steps, []).append(record["loss"])

@@ -19,8 +19,8 @@ class LadderPlan(Section):
     overrides (``section.field=value``; an entry without ``=`` names a row whose overrides come first).
     ``reference`` names the row that the others are compared with. Every row is trained at each of ``rates``
     (peak learning rates, ascending by a constant factor) with the first of ``seeds``; where the best one lies
-    at an end, the range is extended by at most ``extensions`` rates there. A single rate is no sweep. The best rate is repeated with the
-    other seeds.
+    at an end, the range is extended by at most ``extensions`` rates there. A single rate is no sweep. The
+    best rate is repeated with the other seeds.
     """
 
     base: str

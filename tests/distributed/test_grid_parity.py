@@ -30,7 +30,8 @@ PP2 quantile, TP2 quantile-running, PP2 quantile-running, DP2 quantile-running, 
 CP2 ranked, PP2 mixture-of-depths, TP2 coefficient, DP2 coefficient, TP2 bias-mlp, PP2 bias-mlp, DP2 bias-mlp,
 TP2 random-attention, DP2 random-attention, CP2 random-attention, PP2-V4 deep, CP2 dense-gradient,
 CP2-Z2 adamw, TP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16, DP2-Z3 bf16, DP2-Z3 untied-swiglu-dropless,
-CP2-Z3 adamw, TP2-SP recompute, CP2 recompute-attention, PP2-V2 recompute
+CP2-Z3 adamw, TP2-SP recompute, CP2 recompute-attention, PP2-V2 recompute, TP2-SP recompute-cheap,
+PP2 recompute-cheap, DP2-Z3 recompute-cheap
 """
 MORE_GRIDS_OF_4 = """
 TP2-DP2 adamw, PP2-DP2 adamw, PP4 adamw, DP4 adamw, TP2-SP-CP2 adamw, TP2-SP-PP2 adamw, CP4 adamw,

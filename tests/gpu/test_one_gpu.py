@@ -37,7 +37,10 @@ ROUTED = {
 }  # fmt: skip
 
 
-WAYS = {"eager": {}, "compiled": {"compile": True}, "graphs": {"compile": True, "cuda_graphs": True}}
+WAYS = {
+    "eager": {}, "compiled": {"compile": True}, "graphs": {"compile": True, "cuda_graphs": True},
+    "cheap": {"compile": True, "cuda_graphs": True, "recompute": "cheap"},
+}  # fmt: skip
 
 
 def routed(name, training):
@@ -114,6 +117,15 @@ def test_graphs_equal_compiled(each_way, name):
     check_near(graphs, compiled, 1e-6)
     for tensor_name, tensor in compiled["state"].items():
         torch.testing.assert_close(graphs["state"][tensor_name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ROUTED)
+def test_what_is_made_anew_changes_no_gradient(each_way, name):
+    first = [{**run, "losses": run["losses"][:1], "norms": run["norms"][:1]} for run in
+             (each_way[name]["cheap"], each_way[name]["graphs"])]  # fmt: skip
+    check_near(*first, 1e-5)
 
 
 @pytest.mark.timeout(400)

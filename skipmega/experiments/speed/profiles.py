@@ -57,8 +57,8 @@ def profile_layers(bench: Bench, output: Path) -> str:
 
 
 def profile_steps(bench: Bench, output: Path) -> str:
-    """Kernels of whole steps of ``bench.layers`` layers, dense and at P=0.25, by time: a table in all, and each
-    kernel in ``profile-step-*.txt``. Steps are timed without the profiler."""
+    """Kernels of whole steps of ``bench.layers`` layers, dense and at P=0.25, by time: a table in all, and
+    each kernel in ``profile-step-*.txt``. Steps are timed without the profiler."""
     output.mkdir(parents=True, exist_ok=True)
     head = ["step of", "ms", "fastest", "GPU busy", *PARTS, "other", "kernels", "peak GiB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
