@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def make_data() -> None:
-    from skipmega.data.python_corpus import write_python_corpus
+    from skipmega.data.corpora.python_corpus import write_python_corpus
 
     corpus = HOME / "corpus.jsonl"
     written = write_python_corpus(corpus, CORPUS_BYTES)

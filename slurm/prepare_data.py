@@ -35,8 +35,8 @@ def main() -> None:
     add("--dry-run", action="store_true", help="show the batch scripts; SLURM is not needed")
     arguments = parser.parse_args()
 
-    from skipmega.data.readers import Corpus
-    from skipmega.data.splitting import check_shards
+    from skipmega.data.corpora.readers import Corpus
+    from skipmega.data.corpora.splitting import check_shards
     from skipmega.launch.slurm.data_jobs import DataJob, preparation, render_data_jobs, submit_data_jobs
     from skipmega.launch.slurm.profile import load_profile
 

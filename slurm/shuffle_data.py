@@ -32,8 +32,8 @@ def main() -> None:
     add("--dry-run", action="store_true", help="show the batch script; SLURM is not needed")
     arguments = parser.parse_args()
 
-    from skipmega.data.arrangement import Arrangement
     from skipmega.data.files import find_pairs
+    from skipmega.data.pairs.arrangement import Arrangement
     from skipmega.launch.slurm.data_jobs import DataJob, render_data_jobs, shuffling, submit_data_jobs
     from skipmega.launch.slurm.profile import load_profile
 

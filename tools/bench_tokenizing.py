@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="1, and others (1 2)")
     arguments = parser.parse_args()
 
-    from skipmega.data.readers import Corpus
+    from skipmega.data.corpora.readers import Corpus
     from skipmega.data.tokenizer import Tokenizer
     from skipmega.experiments.tokenizing import grown_corpus, measure, ways
 

@@ -26,8 +26,8 @@ def main() -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from skipmega.data.comparison import describe, listed
     from skipmega.data.files import find_pairs
+    from skipmega.data.pairs.comparison import describe, listed
 
     pairs = [prefix for path in arguments.data for prefix in find_pairs(path)]
     for prefix in pairs:
@@ -39,7 +39,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from skipmega.data.files import find_pairs
-    from skipmega.data.indexed import verify_checksums
+    from skipmega.data.pairs.indexed import verify_checksums
     from skipmega.errors import DataError
 
     damaged = []
@@ -55,7 +55,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from skipmega.data.documents import sample_documents
+    from skipmega.data.pairs.documents import sample_documents
     from skipmega.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(arguments.tokenizer)
@@ -64,16 +64,16 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> None:
-    from skipmega.data.comparison import differences
+    from skipmega.data.pairs.comparison import differences
 
     lines = differences(arguments.data, arguments.other)
     print("\n".join(lines) or "the same")
 
 
 def _shuffle(arguments: argparse.Namespace) -> None:
-    from skipmega.data.arrangement import Arrangement, arrange, arrange_shard
-    from skipmega.data.comparison import describe
     from skipmega.data.files import find_pairs
+    from skipmega.data.pairs.arrangement import Arrangement, arrange, arrange_shard
+    from skipmega.data.pairs.comparison import describe
 
     arrangement = Arrangement(
         prefixes=tuple(find_pairs(arguments.data)),

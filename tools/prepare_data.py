@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from skipmega.launch.cli import run_script
 
 if TYPE_CHECKING:
-    from skipmega.data.manifest import Manifest
+    from skipmega.data.pairs.manifest import Manifest
 
 
 def main() -> None:
@@ -18,11 +18,11 @@ def main() -> None:
     arguments = _parse_arguments()
 
     # behind the arguments: megatron-core takes seconds to import
-    from skipmega.data.indexed import verify_checksums
-    from skipmega.data.prepare import prepare_dataset
-    from skipmega.data.readers import Corpus
-    from skipmega.data.shards import merge_shards, prepare_shard
+    from skipmega.data.corpora.readers import Corpus
+    from skipmega.data.pairs.indexed import verify_checksums
     from skipmega.data.tokenizer import Tokenizer
+    from skipmega.data.tokenizing.prepare import prepare_dataset
+    from skipmega.data.tokenizing.shards import merge_shards, prepare_shard
 
     if arguments.verify:
         _describe(arguments.output, verify_checksums(arguments.output))

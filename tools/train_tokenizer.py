@@ -5,7 +5,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from skipmega.data.readers import Corpus, first_bytes
+from skipmega.data.corpora.readers import Corpus, first_bytes
 from skipmega.data.tokenizer import train_tokenizer
 from skipmega.launch.cli import run_script
 

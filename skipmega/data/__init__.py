@@ -1,1 +1,1 @@
-"""From documents to batches: tokenizer, preparation, checked data sets, blending, sampling."""
+"""From corpora to batches, one way: corpora, cleaning, tokenizing, pairs, order."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from skipmega.config import DataConfig
-from skipmega.data.batches import SampleSource, make_loader
-from skipmega.data.datasets import RunDatasets, build_datasets
 from skipmega.data.files import sha256_of
-from skipmega.data.manifest import FileRecord, Manifest, TokenizerRecord, manifest_path
-from skipmega.data.streams import build_streams
+from skipmega.data.order.batches import SampleSource, make_loader
+from skipmega.data.order.datasets import RunDatasets, build_datasets
+from skipmega.data.order.streams import build_streams
+from skipmega.data.pairs.manifest import FileRecord, Manifest, TokenizerRecord, manifest_path
 from skipmega.data.tokenizer import Tokenizer
 
 _READS = 4000

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from skipmega.config import DataSource, RunConfig, resolve_grid, resolve_vocabulary
-from skipmega.data.batches import TokenBatch, make_loader, number_documents
-from skipmega.data.datasets import build_datasets
+from skipmega.data.order.batches import TokenBatch, make_loader, number_documents
+from skipmega.data.order.datasets import build_datasets
 from skipmega.experiments.step_plan import StepPlan, missing_models, step_config
 from skipmega.launch.run import resolve
 from skipmega.launch.run_folder import RunFolder

@@ -19,9 +19,9 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.tokenizers.text.libraries.sentencepiece_tokenizer import SentencePieceTokenizer
 
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.hf.tokenizer import export_tokenizer
 
 Way = Callable[[], None]

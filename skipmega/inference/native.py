@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig
-from skipmega.data.batches import TokenBatch
+from skipmega.data.order.batches import TokenBatch
 from skipmega.inference.configuration import on_grid, with_eval_density
 from skipmega.inference.work import Work
 from skipmega.kernels.attention import document_starts

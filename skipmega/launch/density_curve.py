@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from skipmega.checkpoint.store import Checkpoint
-from skipmega.data.batches import make_loader
 from skipmega.data.files import atomic_write
+from skipmega.data.order.batches import make_loader
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import ConfigError
 from skipmega.evaluation import EvaluationResult

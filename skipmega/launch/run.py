@@ -16,10 +16,10 @@ import skipmega
 from skipmega.checkpoint.saver import CheckpointSaver
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig, resolve_grid, resolve_vocabulary
-from skipmega.data.batches import SampleSource, TokenBatch, make_loader
-from skipmega.data.datasets import RunDatasets, build_datasets
+from skipmega.data.order.batches import SampleSource, TokenBatch, make_loader
+from skipmega.data.order.datasets import RunDatasets, build_datasets
+from skipmega.data.order.streams import build_streams
 from skipmega.data.ranks import on_rank_0
-from skipmega.data.streams import build_streams
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import CheckpointDamagedError, CheckpointError, ConfigError
 from skipmega.launch.backends import describe_kernels

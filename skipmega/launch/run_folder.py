@@ -14,7 +14,7 @@ from typing import Any
 from skipmega.checkpoint.store import Checkpoint, CheckpointStore
 from skipmega.config import RunConfig, dump_config, load_config
 from skipmega.data.files import atomic_write
-from skipmega.data.left_out import LeftOut
+from skipmega.data.order.left_out import LeftOut
 from skipmega.errors import CheckpointError, DataError, RunFencedError
 
 _ARCHITECTURE = (

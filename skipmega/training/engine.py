@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
 
 from skipmega.config import RunConfig
-from skipmega.data.batches import TokenBatch
+from skipmega.data.order.batches import TokenBatch
 from skipmega.errors import ConfigError
 from skipmega.kernels.attention import choose_attention, document_starts
 from skipmega.models.decoder import DecoderStage, StageChunk

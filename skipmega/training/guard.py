@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from skipmega.config import RunConfig
-from skipmega.data.batches import TokenBatch
+from skipmega.data.order.batches import TokenBatch
 from skipmega.errors import ReplicaDriftError
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.replicas import Drift, ReplicaCheck

@@ -8,7 +8,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from skipmega.config import resolve_grid, resolve_vocabulary
-from skipmega.data.batches import TokenBatch
+from skipmega.data.order.batches import TokenBatch
 from skipmega.launch.environment import discover_process
 from skipmega.parallel.grid import create_grid, release_grid
 from skipmega.training.sums import StepSums

@@ -22,7 +22,7 @@ from skipmega import exit_codes
 from skipmega.checkpoint import store
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.checkpoint.tensors import _TensorWriter
-from skipmega.data import token_reader
+from skipmega.data.pairs import token_reader
 from skipmega.launch import run
 from skipmega.training import guard
 from skipmega.training.engine import TrainingEngine

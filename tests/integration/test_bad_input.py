@@ -16,9 +16,9 @@ import yaml
 from skipmega import exit_codes
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import load_config
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
 from skipmega.data.tokenizer import train_tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.launch.cli import run_script
 from skipmega.launch.run import build_data, resolve
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from skipmega.config import load_config
-from skipmega.data.arrangement import Arrangement, arrange
+from skipmega.data.pairs.arrangement import Arrangement, arrange
 from skipmega.launch.run import build_data, resolve
 from support.tiny_run import HALF, STEPS, pretrain_each, records
 from support.worlds import run_world

@@ -13,7 +13,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch.nn import functional
 
 from skipmega.config import ParallelConfig, RunConfig, build_config, resolve_grid, resolve_vocabulary
-from skipmega.data.batches import TokenBatch
+from skipmega.data.order.batches import TokenBatch
 from skipmega.kernels.attention import document_starts
 from skipmega.launch.environment import discover_process
 from skipmega.models.decoder import DecoderStage

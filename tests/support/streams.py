@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from skipmega.config import DataConfig
-from skipmega.data.datasets import RunDatasets
-from skipmega.data.streams import build_streams
+from skipmega.data.order.datasets import RunDatasets
+from skipmega.data.order.streams import build_streams
 from skipmega.data.tokenizer import Tokenizer
 
 LENGTH = 16

@@ -14,10 +14,10 @@ import torch.distributed as dist
 import yaml
 
 from skipmega.config import load_config
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.python_corpus import python_documents, write_python_corpus
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.python_corpus import python_documents, write_python_corpus
+from skipmega.data.corpora.readers import Corpus
 from skipmega.data.tokenizer import train_tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.launch.environment import discover_process
 from support.worlds import ROOT
 

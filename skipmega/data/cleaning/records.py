@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from skipmega.data.files import atomic_write, sha256_of
-from skipmega.data.manifest import FileRecord, SourceRecord
+from skipmega.data.pairs.manifest import FileRecord, SourceRecord
 from skipmega.errors import DataError
 
 StageName = Literal["filter", "match", "sift"]

@@ -13,7 +13,7 @@ from skipmega.data.cleaning.contamination import EvaluationTexts
 from skipmega.data.cleaning.records import Amount, TaskRecord, need_record
 from skipmega.data.cleaning.stages import STAGES, count_tasks
 from skipmega.data.files import atomic_write
-from skipmega.data.manifest import CLEANING_FILE, CleanedFiles, FileRecord, SourceRecord
+from skipmega.data.pairs.manifest import CLEANING_FILE, CleanedFiles, FileRecord, SourceRecord
 
 _LIBRARIES = ("datatrove", "spacy", "numpy", "zstandard", "pyarrow")
 

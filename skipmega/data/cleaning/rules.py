@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from skipmega.data.cleaning.config import FilterConfig
-from skipmega.data.readers import Document
+from skipmega.data.corpora.readers import Document
 from skipmega.errors import ConfigError, DataError
 
 _CLASSES = {

@@ -32,10 +32,10 @@ from skipmega.data.cleaning.records import (
 )
 from skipmega.data.cleaning.rules import Rules
 from skipmega.data.cleaning.texts import read_texts, write_texts
+from skipmega.data.corpora.readers import Corpus
+from skipmega.data.corpora.splitting import check_shards, split_files
 from skipmega.data.files import atomic_write
-from skipmega.data.manifest import SourceRecord
-from skipmega.data.readers import Corpus
-from skipmega.data.splitting import check_shards, split_files
+from skipmega.data.pairs.manifest import SourceRecord
 from skipmega.errors import DataError
 
 STAGES: tuple[StageName, ...] = ("filter", "match", "sift")

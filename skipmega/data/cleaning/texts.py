@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 import zstandard
 
+from skipmega.data.corpora.readers import Document, read_lines
 from skipmega.data.files import atomic_write
-from skipmega.data.readers import Document, read_lines
 from skipmega.errors import DataError
 
 

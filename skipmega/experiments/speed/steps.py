@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipmega.config import RunConfig
-from skipmega.data.batches import TokenBatch
+from skipmega.data.order.batches import TokenBatch
 from skipmega.experiments.speed.bench import GROUPED, Bench, Row, fill, precision, timed
 from skipmega.experiments.speed.layers import DENSE, DENSITIES, attention_on
 from skipmega.experiments.step_times import measure_steps, random_batches

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
 from skipmega.errors import ConfigError, DataError
 from skipmega.inspection.routers.subject import Vocabulary
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skipmega.data import arrangement
-from skipmega.data.arrangement import Arrangement, arrange, arrange_shard
-from skipmega.data.documents import Documents
-from skipmega.data.indexed import check_dataset, verify_checksums
-from skipmega.data.manifest import Manifest, read_manifest
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
+from skipmega.data.pairs import arrangement
+from skipmega.data.pairs.arrangement import Arrangement, arrange, arrange_shard
+from skipmega.data.pairs.documents import Documents
+from skipmega.data.pairs.indexed import check_dataset, verify_checksums
+from skipmega.data.pairs.manifest import Manifest, read_manifest
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.errors import DataError
 
 PAIRS = 3

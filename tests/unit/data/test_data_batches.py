@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipmega.data.batches import MicroBatchSampler, TokenBatch, make_loader, number_documents
+from skipmega.data.order.batches import MicroBatchSampler, TokenBatch, make_loader, number_documents
 
 EOD = 2
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from skipmega.config import DataConfig, DataSource
-from skipmega.data import token_reader
-from skipmega.data.batches import make_loader
-from skipmega.data.datasets import RunDatasets, build_datasets
+from skipmega.data.order.batches import make_loader
+from skipmega.data.order.datasets import RunDatasets, build_datasets
+from skipmega.data.pairs import token_reader
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError, DataFaultError
 

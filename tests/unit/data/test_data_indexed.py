@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skipmega.data.indexed import check_dataset, verify_checksums
-from skipmega.data.manifest import manifest_path
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
+from skipmega.data.pairs.indexed import check_dataset, verify_checksums
+from skipmega.data.pairs.manifest import manifest_path
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.errors import DataError
 
 DOCUMENTS = [[5, 6, 7, 2], [8, 2], [9, 10, 11, 12, 13, 2]]
@@ -124,7 +124,7 @@ def test_tokens_outside_the_vocabulary(
     token: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("skipmega.data.indexed._CHUNK", 5)
+    monkeypatch.setattr("skipmega.data.pairs.indexed._CHUNK", 5)
     prefix = write_pair(tmp_path / "wide", [*DOCUMENTS, [3, token, 4]])
     with pytest.raises(DataError, match=rf"wide\.bin holds token id {token}\b"):
         check_dataset(prefix, tokenizer)

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from skipmega.data import prepare
-from skipmega.data.encode import is_held_out, token_dtype
-from skipmega.data.manifest import read_manifest
-from skipmega.data.prepare import prepare_dataset
+from skipmega.data.corpora.readers import Corpus
+from skipmega.data.pairs.manifest import read_manifest
 from skipmega.data.progress import Progress
-from skipmega.data.readers import Corpus
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing import prepare
+from skipmega.data.tokenizing.encode import is_held_out, token_dtype
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.errors import DataError
 
 
@@ -55,7 +55,7 @@ def test_the_pair_holds_every_document(tmp_path: Path, corpus: Corpus, tokenizer
 def test_the_files_do_not_depend_on_the_workers(
     tmp_path: Path, corpus: Corpus, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skipmega.data.encode._BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("skipmega.data.tokenizing.encode._BATCH_CHARACTERS", 500)
     for workers, folder in ((1, tmp_path / "one"), (3, tmp_path / "three")):
         prepare_dataset(corpus, folder / "out", tokenizer, workers=workers, valid_fraction=0.3)
     one = _files(tmp_path / "one", "")

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from skipmega.data.readers import Corpus, Document, first_bytes
+from skipmega.data.corpora.readers import Corpus, Document, first_bytes
 from skipmega.errors import DataError
 
 TEXTS = ["one", "two\nlines\u2028and a half", "", "vier é"]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
-from skipmega.data.shards import merge_shards, prepare_shard, shards_folder
+from skipmega.data.corpora.readers import Corpus
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
+from skipmega.data.tokenizing.shards import merge_shards, prepare_shard, shards_folder
 from skipmega.errors import DataError
 
 DOCUMENTS = st.lists(

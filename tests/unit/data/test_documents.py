@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skipmega.data.arrangement import Arrangement, arrange
-from skipmega.data.comparison import describe, differences
-from skipmega.data.documents import Documents, sample_documents
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
+from skipmega.data.pairs.arrangement import Arrangement, arrange
+from skipmega.data.pairs.comparison import describe, differences
+from skipmega.data.pairs.documents import Documents, sample_documents
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.errors import DataError
 
 TOOL = Path(__file__).parents[3] / "tools" / "data.py"

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipmega.data.left_out import LeftOut
+from skipmega.data.order.left_out import LeftOut
 
 RANGES = st.lists(
     st.tuples(st.integers(0, 60), st.integers(0, 10)).map(lambda pair: [pair[0], pair[0] + pair[1]]),

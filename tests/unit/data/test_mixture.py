@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipmega.data.mixture import Mixture, Stage
+from skipmega.data.order.mixture import Mixture, Stage
 
 WEIGHTS = st.lists(st.floats(0, 5), min_size=3, max_size=3).filter(lambda weights: sum(weights) > 0.01)
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from skipmega.data.arrangement import Arrangement, arrange
-from skipmega.data.batches import make_loader
-from skipmega.data.datasets import RunDatasets
-from skipmega.data.documents import Documents
-from skipmega.data.prepare import prepare_dataset
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
+from skipmega.data.order.batches import make_loader
+from skipmega.data.order.datasets import RunDatasets
+from skipmega.data.pairs.arrangement import Arrangement, arrange
+from skipmega.data.pairs.documents import Documents
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.prepare import prepare_dataset
 from skipmega.errors import DataError
 from support.streams import LENGTH, build, config
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipmega.data.packing import pack
+from skipmega.data.pairs.packing import pack
 
 LENGTHS = st.lists(st.integers(1, 70), min_size=1, max_size=60)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from skipmega.data.python_corpus import python_documents, write_python_corpus
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.python_corpus import python_documents, write_python_corpus
+from skipmega.data.corpora.readers import Corpus
 from skipmega.errors import DataError
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from skipmega.data import token_reader
 from skipmega.data.files import sha256_of
-from skipmega.data.manifest import FileRecord, Manifest, TokenizerRecord, manifest_path
+from skipmega.data.pairs import token_reader
+from skipmega.data.pairs.manifest import FileRecord, Manifest, TokenizerRecord, manifest_path
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError, DataFaultError
 from support.streams import build, config

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipmega.data.batches import make_loader
-from skipmega.data.datasets import RunDatasets
-from skipmega.data.indexed import open_dataset
-from skipmega.data.token_stream import TokenRange, TokenStream
+from skipmega.data.order.batches import make_loader
+from skipmega.data.order.datasets import RunDatasets
+from skipmega.data.order.token_stream import TokenRange, TokenStream
+from skipmega.data.pairs.indexed import open_dataset
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 from support.streams import LENGTH, TOTAL, build, config

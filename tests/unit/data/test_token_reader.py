@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipmega.data import token_reader
-from skipmega.data.token_reader import TokenReader
+from skipmega.data.pairs import token_reader
+from skipmega.data.pairs.token_reader import TokenReader
 from skipmega.errors import DataFaultError
 
 TOKENS = np.arange(1000, dtype=np.uint16)

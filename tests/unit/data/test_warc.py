@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
 from skipmega.errors import DataError
 
 TEXTS = ["one\r\n\r\nWARC/1.0\r\n", "", "vier é\n" * 500]

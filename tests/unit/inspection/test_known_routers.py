@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipmega.data.readers import Corpus
+from skipmega.data.corpora.readers import Corpus
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.inspection.routers import Subject, Vocabulary, inspect_routers, open_subject
 from skipmega.inspection.routers.texts import read_texts

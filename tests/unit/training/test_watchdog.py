@@ -7,7 +7,7 @@ import pytest
 from skipmega.training.watchdog import Heartbeat, accuse, laggards
 
 WAITING = '  File "/x/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
-BUSY = '  File "/x/skipmega/data/batches.py", line 1, in __getitem__\n'
+BUSY = '  File "/x/skipmega/data/order/batches.py", line 1, in __getitem__\n'
 
 
 def beat(rank: int, count: int, stack: str) -> Heartbeat:

@@ -18,7 +18,7 @@ from skipmega.data.cleaning.local import clean
 from skipmega.data.cleaning.records import read_record, task_path
 from skipmega.data.cleaning.report import write_report
 from skipmega.data.cleaning.stages import STAGES, check_cleaning, count_tasks, run_task
-from skipmega.data.readers import Corpus, read_lines
+from skipmega.data.corpora.readers import Corpus, read_lines
 from skipmega.errors import ConfigError, DataError
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"

@@ -6,7 +6,7 @@ import pytest
 
 from skipmega.data.cleaning.config import FilterConfig
 from skipmega.data.cleaning.rules import Rules
-from skipmega.data.readers import Document
+from skipmega.data.corpora.readers import Document
 from skipmega.errors import ConfigError, DataError
 
 pytest.importorskip("datatrove", reason="the rules are datatrove's: pip install -e '.[prepare]'")

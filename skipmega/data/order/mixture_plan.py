@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skipmega.config import DataConfig
-from skipmega.data.mixture import Mixture, Stage
-from skipmega.data.token_stream import TokenStream
+from skipmega.data.order.mixture import Mixture, Stage
+from skipmega.data.order.token_stream import TokenStream
 from skipmega.errors import DataError
 
 

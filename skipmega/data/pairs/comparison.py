@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from skipmega.data.manifest import Manifest, manifest_path, read_manifest
+from skipmega.data.pairs.manifest import Manifest, manifest_path, read_manifest
 from skipmega.errors import DataError
 
 _COMPARED = (

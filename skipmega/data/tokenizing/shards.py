@@ -3,11 +3,17 @@
 import shutil
 from pathlib import Path
 
-from skipmega.data.manifest import Manifest, SourceRecord, read_manifest
-from skipmega.data.prepare import PreparedPair, finish_pairs, new_pairs, pair_targets, prepare_dataset
-from skipmega.data.readers import Corpus, SourceFile
-from skipmega.data.splitting import split_files
+from skipmega.data.corpora.readers import Corpus, SourceFile
+from skipmega.data.corpora.splitting import split_files
+from skipmega.data.pairs.manifest import Manifest, SourceRecord, read_manifest
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.prepare import (
+    PreparedPair,
+    finish_pairs,
+    new_pairs,
+    pair_targets,
+    prepare_dataset,
+)
 from skipmega.errors import DataError
 
 
@@ -26,7 +32,7 @@ def prepare_shard(
     Args:
         corpus: the whole of it; shards are runs of its files, of about the same number of bytes.
         shard: 0 to ``shards - 1``.
-        workers, valid_fraction: as for :func:`skipmega.data.prepare.prepare_dataset`.
+        workers, valid_fraction: as for :func:`skipmega.data.tokenizing.prepare.prepare_dataset`.
 
     Returns:
         The shard's pairs; none if it has no files.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipmega.data.readers import Document
+from skipmega.data.corpora.readers import Document
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 

@@ -18,8 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from skipmega.data.cleaned import is_cleaned, open_cleaned
-from skipmega.data.warc import WarcError, read_conversions
+from skipmega.data.corpora.cleaned import is_cleaned, open_cleaned
+from skipmega.data.corpora.warc import WarcError, read_conversions
 from skipmega.errors import DataError
 
 _JSON_LINES = (".jsonl", ".json", ".ndjson")

@@ -11,12 +11,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from skipmega import __version__
-from skipmega.data.encode import encode_documents, token_dtype
+from skipmega.data.corpora.readers import Corpus
 from skipmega.data.files import flush_to_disk, sha256_of
-from skipmega.data.manifest import FileRecord, Manifest, SourceRecord, TokenizerRecord, manifest_path
+from skipmega.data.pairs.manifest import FileRecord, Manifest, SourceRecord, TokenizerRecord, manifest_path
 from skipmega.data.progress import Progress
-from skipmega.data.readers import Corpus
 from skipmega.data.tokenizer import Tokenizer
+from skipmega.data.tokenizing.encode import encode_documents, token_dtype
 from skipmega.errors import DataError
 
 Part = Literal["all", "train", "valid"]

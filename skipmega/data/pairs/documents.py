@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from skipmega.data.indexed import document_places
-from skipmega.data.manifest import read_manifest
+from skipmega.data.pairs.indexed import document_places
+from skipmega.data.pairs.manifest import read_manifest
+from skipmega.data.pairs.token_reader import TokenReader
 from skipmega.data.permutation import Permutation
-from skipmega.data.token_reader import TokenReader
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 

@@ -10,8 +10,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from skipmega.data.corpora.readers import Document
 from skipmega.data.files import atomic_write
-from skipmega.data.readers import Document
 from skipmega.errors import DataError
 
 SMALLEST_USEFUL_BYTES = 10_000_000

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from skipmega.config import DataConfig, DataSource
-from skipmega.data.batches import SampleSource
-from skipmega.data.datasets import RunDatasets
 from skipmega.data.files import find_pairs
-from skipmega.data.indexed import OpenedPair, open_dataset
-from skipmega.data.left_out import LeftOut
-from skipmega.data.mixture import Mixture, Stage
-from skipmega.data.mixture_plan import MixturePlan
+from skipmega.data.order.batches import SampleSource
+from skipmega.data.order.datasets import RunDatasets
+from skipmega.data.order.left_out import LeftOut
+from skipmega.data.order.mixture import Mixture, Stage
+from skipmega.data.order.mixture_plan import MixturePlan
+from skipmega.data.order.token_stream import TokenRange, TokenStream
+from skipmega.data.pairs.indexed import OpenedPair, open_dataset
 from skipmega.data.ranks import on_rank_0
-from skipmega.data.token_stream import TokenRange, TokenStream
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 
@@ -75,8 +75,8 @@ def build_streams(
         seed: of the orders.
 
     Raises:
-        DataError: no sources, one that :func:`skipmega.data.indexed.open_dataset` refuses or that is too
-            small for one sample or packed for samples of another length, or more epochs of one than it
+        DataError: no sources, one that :func:`skipmega.data.pairs.indexed.open_dataset` refuses or that is
+            too small for one sample or packed for samples of another length, or more epochs of one than it
             allows.
     """
     if not config.train:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from skipmega.data.manifest import CLEANING_FILE, CleanedFiles, CleaningRecord
+from skipmega.data.pairs.manifest import CLEANING_FILE, CleanedFiles, CleaningRecord
 from skipmega.errors import DataError
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipmega.data.pairs.token_reader import TokenReader
 from skipmega.data.permutation import Permutation
-from skipmega.data.token_reader import TokenReader
 from skipmega.errors import DataFaultError
 
 

@@ -1,6 +1,6 @@
 """A corpus in parts of about the same size, by files."""
 
-from skipmega.data.readers import Corpus, SourceFile
+from skipmega.data.corpora.readers import Corpus, SourceFile
 from skipmega.errors import DataError
 
 

@@ -19,16 +19,16 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from skipmega import __version__
-from skipmega.data.documents import Documents
 from skipmega.data.files import flush_to_disk, sha256_of
-from skipmega.data.manifest import (
+from skipmega.data.pairs.documents import Documents
+from skipmega.data.pairs.manifest import (
     ArrangementRecord,
     FileRecord,
     Manifest,
     manifest_path,
     read_manifest,
 )
-from skipmega.data.packing import pack
+from skipmega.data.pairs.packing import pack
 from skipmega.data.permutation import scattered
 from skipmega.data.progress import Progress
 from skipmega.errors import DataError

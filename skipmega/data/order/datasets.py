@@ -22,12 +22,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from skipmega.config import DataConfig, DataSource
-from skipmega.data.batches import SampleSource
 from skipmega.data.files import atomic_write
-from skipmega.data.indexed import check_dataset
-from skipmega.data.mixture_plan import MixturePlan
+from skipmega.data.order.batches import SampleSource
+from skipmega.data.order.mixture_plan import MixturePlan
+from skipmega.data.pairs.indexed import check_dataset
+from skipmega.data.pairs.token_reader import read_with_retries
 from skipmega.data.ranks import from_all_ranks, on_rank_0, rank
-from skipmega.data.token_reader import read_with_retries
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 
@@ -74,8 +74,8 @@ def build_datasets(
             all indices are there already.
 
     Raises:
-        DataError: no sources, a data set that :func:`skipmega.data.indexed.check_dataset` refuses, a part
-            too small for one sample, or a cache that not all processes can use.
+        DataError: no sources, a data set that :func:`skipmega.data.pairs.indexed.check_dataset` refuses, a
+            part too small for one sample, or a cache that not all processes can use.
     """
     parts = _plan_parts(config, num_train_samples, num_valid_samples)
     cache = Path(index_cache)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipmega.data.files import sha256_of
-from skipmega.data.manifest import FileRecord, Manifest, manifest_path, read_manifest
+from skipmega.data.pairs.manifest import FileRecord, Manifest, manifest_path, read_manifest
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import DataError
 

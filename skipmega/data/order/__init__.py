@@ -1,0 +1,1 @@
+"""Pairs to batches: samples, mixtures of sources, and the order of a run."""

@@ -1,0 +1,1 @@
+"""Prepared pairs: what they hold, checked, told apart, read, shuffled and packed."""

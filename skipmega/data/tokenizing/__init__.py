@@ -1,0 +1,1 @@
+"""Documents to tokens: pairs of .bin and .idx, whole or in shards."""
