@@ -18,6 +18,7 @@ from skipmega.inference.work import Work
 QUANTILES = (50, 90, 99)
 MILLI = 1e-3
 _BINS = 4
+_FEWEST_RANKED = 8  # batches; of two, any correlation is 1 or -1
 
 Floats = NDArray[np.float64]
 
@@ -59,8 +60,8 @@ class Effort:
     the time of the slowest replica. ``joules_per_token`` is None where a device does not tell. ``depth`` is
     the mean number of layers executed per token, None for models that do not tell; ``depth_correlation`` is
     the rank correlation of batches' depth with their time, ``depth_correlation_per_token`` with that per
-    token, None if one of the two is the same everywhere; ``by_depth`` has a quarter of the batches each, the
-    shallowest first.
+    token, None if one of the two is the same everywhere or there are fewer than 8 batches; ``by_depth`` has a
+    quarter of the batches each, the shallowest first.
     """
 
     kind: str
@@ -194,7 +195,7 @@ def _latency(batches: Sequence[Batch]) -> Latency:
 
 
 def _rank_correlation(one: Floats, other: Floats) -> float | None:
-    if min(len(set(one.tolist())), len(set(other.tolist()))) < 2:
+    if len(one) < _FEWEST_RANKED or min(len(set(one.tolist())), len(set(other.tolist()))) < 2:
         return None
     from scipy.stats import spearmanr
 

@@ -131,9 +131,14 @@ class EvaluationResult:
 
     def write_json(self, path: str | Path) -> None:
         """Write everything to ``path``, atomically; a value that is not finite is written as null."""
-        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
         with atomic_write(Path(path)) as stream:
-            stream.write(f"{text}\n".encode())
+            stream.write(as_json(self))
+
+
+def as_json(result: Any) -> bytes:
+    """A file's content: the fields of a dataclass, null for what is not finite."""
+    text = json.dumps(_finite(asdict(result)), indent=2, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def collect_tasks(report: Mapping[str, Any]) -> list[TaskResult]:

@@ -1,8 +1,7 @@
 """One checkpoint at several densities: what it computes, what it predicts, what it answers."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from skipmega.data.order.batches import make_loader
 from skipmega.data.tokenizer import Tokenizer
 from skipmega.errors import ConfigError
 from skipmega.evaluation import EvaluationResult
+from skipmega.evaluation.results import as_json
+from skipmega.inference.configuration import with_eval_density
 from skipmega.inference.native import NativeModel
 from skipmega.inference.work import Work
 from skipmega.launch.run import build_data
@@ -66,9 +67,9 @@ class DensityCurve:
         return "\n".join(lines)
 
     def write_json(self, path: str | Path) -> None:
-        """Write everything to ``path``, atomically."""
+        """Write everything to ``path``, atomically; a value that is not finite is written as null."""
         with atomic_write(Path(path)) as stream:
-            stream.write(json.dumps(asdict(self), indent=2, ensure_ascii=False).encode() + b"\n")
+            stream.write(as_json(self))
 
 
 def measure_curve(
@@ -85,6 +86,8 @@ def measure_curve(
         ConfigError: a density has no meaning for the model, or the run held nothing out.
         DataError: the run's data is not here.
     """
+    for density in densities:  # all of them before the first takes its hours
+        with_eval_density(checkpoint.config, density)
     loader = _held_out(checkpoint, grid)
     points, results = [], []
     for density in sorted(set(densities)):

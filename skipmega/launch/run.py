@@ -29,6 +29,7 @@ from skipmega.models.flops import count_parameters, training_flops_per_token
 from skipmega.models.stages import cut_stages, stage_costs
 from skipmega.parallel.grid import ParallelGrid, create_grid, end_communication
 from skipmega.parallel.process import ProcessInfo
+from skipmega.training.energy import describe_energy
 from skipmega.training.engine import TrainingEngine
 from skipmega.training.loop import HeldOut, Progress, TrainingLoop
 from skipmega.training.optimizers import updates_done
@@ -251,6 +252,7 @@ def _start_records(
     parameters, dense = count_parameters(config), training_flops_per_token(config) / 1e9
     print(f"grid: {engine.grid.describe()}")
     print(f"kernels: {describe_kernels(config, engine.grid.device)}")
+    print(f"energy: {describe_energy(engine.grid.device)}")
     print(f"model: {parameters / 1e6:.1f}M parameters, {dense:.3g} GFLOPs per token if dense")
     if engine.grid.pipeline.size > 1:
         costs = stage_costs(config)

@@ -27,6 +27,13 @@ def energy_source(device: torch.device) -> Callable[[], float] | None:
     return lambda: MILLI * pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
 
 
+def describe_energy(device: torch.device) -> str:
+    """One line: whether records will tell what ``device`` consumes."""
+    if energy_source(device) is None:
+        return "joules per token not available: no NVML counter"
+    return "joules per token of all devices, from NVML's counters"
+
+
 def of_all_devices(joules: float | None, device: torch.device) -> float | None:
     """The sum over all processes, each with a device of its own; None if one does not know.
 

@@ -65,6 +65,15 @@ def test_inputs_of_a_large_batch_weigh_more() -> None:
     assert "layers per token" not in "\n".join(effort.describe())
 
 
+def test_few_batches_tell_no_correlation() -> None:
+    few = [Batch(1, 10, 0.001 * depth, float(depth)) for depth in range(1, 8)]
+    effort = summarize("score", [few], None)
+    assert effort is not None
+    assert (effort.depth_correlation, effort.depth_correlation_per_token) == (None, None)
+    assert "with ms unknown" in "\n".join(effort.describe())
+    assert "score/depth_correlation" not in effort.numbers()
+
+
 def test_no_requests_no_effort() -> None:
     assert summarize("rolling", [[], []], 3.0) is None
 

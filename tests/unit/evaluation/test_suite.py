@@ -283,6 +283,18 @@ def test_a_set_without_examples_is_refused(tmp_path):
         write_suite_tasks(find_suite("skiplayer24"), tmp_path, tmp_path / "tasks")
 
 
+def test_a_question_is_no_example_of_itself(make_bigram, byte_tokenizer, tmp_path):
+    asked = [{"query": f"{n} is", "choices": ["odd", "even"], "gold": n % 2} for n in range(2)]
+    write_rows(tmp_path / "copa.jsonl", asked[:1])
+    with pytest.raises(
+        ConfigError, match="copa has 1 examples to choose from, the question itself among them"
+    ):
+        evaluate_tasks(make_bigram(512), byte_tokenizer, ["skiplayer24"], data_dir=tmp_path)
+    write_rows(tmp_path / "copa.jsonl", asked)
+    result = evaluate_tasks(make_bigram(512), byte_tokenizer, ["skiplayer24"], data_dir=tmp_path)
+    assert [task.num_samples for task in result.tasks] == [2]
+
+
 def test_parquet_is_read_like_jsonl(make_bigram, byte_tokenizer, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as parquet

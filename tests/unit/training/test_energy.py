@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipmega.training.energy import energy_source
+from skipmega.training.energy import describe_energy, energy_source
 from skipmega.training.metrics import StepMeter
 
 UUID = "12345678-1234-1234-1234-123456789abc"
@@ -43,6 +43,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_a_gpu_tells_the_joules_of_steps_alone(nvml: SimpleNamespace) -> None:
     source = energy_source(torch.device("cuda", 0))
     assert source is not None
+    assert "NVML's counters" in describe_energy(torch.device("cuda", 0))
     meter = StepMeter(source)
     nvml.millijoules += 2_000
     meter.pause()
@@ -57,6 +58,7 @@ def test_where_nothing_is_told_there_is_no_meter(
     nvml: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert energy_source(torch.device("cpu")) is None
+    assert "not available" in describe_energy(torch.device("cpu"))
     nvml.millijoules = None
     assert energy_source(torch.device("cuda", 0)) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)
