@@ -33,7 +33,9 @@ def plot_density_curve(
     of_loss, of_scores = figure.subplots(1, 2)
     of_loss.plot(flops, losses, color=INK, marker="o", markersize=5)
     for density, at, loss in zip(densities, flops, losses, strict=True):
-        of_loss.annotate(f"{density:g}", (at, loss), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        of_loss.annotate(f"{density:g}", (at, loss), textcoords="offset points", xytext=(0, 7), ha="center")
+    of_loss.margins(0.08, 0.1)
+    of_loss.set_title("at density", fontsize=10, loc="left")
     of_loss.set_ylabel("held-out loss, nats/token")
     for number, (name, values) in enumerate(scores.items()):
         colour = _COLOURS[number % len(_COLOURS)]

@@ -55,9 +55,9 @@ def _densities(findings: Findings, groups: list[dict[str, Any]], title: str) -> 
     labels = [f"{group['label']}  ({group['tokens']:,})" for group in groups]
     figure = new_figure(6.2 + 0.42 * min(len(layers), 24), 1.4 + 0.3 * len(groups))
     each, depth = figure.subplots(1, 2, sharey=True, width_ratios=[0.5 * min(len(layers), 24), 3.4])
-    density = np.array([group["density"] for group in groups])
-    mesh = each.pcolormesh(density, cmap="YlGnBu", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
-    _write_numbers(each, 100 * density, "{:.0f}", density > 0.6)
+    percent = 100 * np.array([group["density"] for group in groups])
+    mesh = each.pcolormesh(percent, cmap="YlGnBu", vmin=0, vmax=100, edgecolors="white", linewidth=0.5)
+    _write_numbers(each, percent, "{:.0f}", percent > 60)
     _label_cells(each, layers, labels)
     each.set_xlabel("layer")
     each.set_title("percent of the group's tokens", fontsize=10, loc="left")

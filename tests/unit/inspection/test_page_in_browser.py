@@ -197,6 +197,23 @@ def test_text_can_be_read_on_every_colour(page: Page) -> None:
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_depths_of_all_groupings_are_drawn_on_one_scale(page: Page, inspected: Path) -> None:
+    found = json.loads((inspected / "inspection.json").read_text())["groupings"].values()
+    shown = [
+        depth
+        for groups in found
+        if len(groups) > 1
+        for group in groups
+        for depth in (group["depth"], *group["random_depth"])
+    ]
+    ends = [f"{end:.2f}" for end in (min(shown), max(shown))]
+    scales = page.tab.locator("#groups .scale").evaluate_all(
+        "nodes => nodes.map(node => [...node.children].map(end => end.textContent))"
+    )
+    assert len(scales) > 2
+    assert scales == [ends] * len(scales)
+
+
 def test_routers_of_one_mind_have_a_page_too(browser: Any, digit_model: DigitModel, tmp_path: Path) -> None:
     """Where nothing varies, correlations are not defined: null in the JSON, a dash on the page."""
     (tmp_path / "text.txt").write_text("10 trees. " * 60)

@@ -209,20 +209,20 @@ function headOf(...names) {
 
 function drawGroups() {
   byId("groups").replaceChildren();
-  for (const [name, title] of Object.entries(GROUPINGS)) {
+  const drawn = Object.entries(GROUPINGS).filter(([name]) => findings.groupings[name].length > 1);
+  const depths = drawn.flatMap(([name]) => findings.groupings[name].flatMap((group) => [group.depth, ...group.random_depth]));
+  const span = [Math.min(...depths), Math.max(...depths)]; // one scale, so that groupings can be compared
+  for (const [name, title] of drawn) {
     const groups = findings.groupings[name];
-    if (groups.length < 2) continue;
     const body = element("tbody");
     const notes = [];
-    const shown = groups.flatMap((group) => [group.depth, ...group.random_depth]);
-    const span = [Math.min(...shown), Math.max(...shown)];
     for (const group of groups) {
       const row = element("tr", {}, element("th", { scope: "row" }, group.label), element("td", { class: "tokens" }, count(group.tokens)));
       group.density.forEach((share, layer) => row.append(densityCell(group, share, layer, notes)));
       row.append(element("td", {}, fixed(group.depth)), element("td", { class: "plot" }, rangePlot(group.depth, null, group.random_depth, span)));
       body.append(row);
     }
-    const table = element("table", { "data-grouping": name }, headOf("", "tokens", ...layers.map(String), "depth", ""), body);
+    const table = element("table", { "data-grouping": name }, headOf("", "tokens", ...layers.map(String), "depth", scaleOf(span)), body);
     explore(table, [...table.querySelectorAll("td.cell")], (at) => [notes[at]]);
     byId("groups").append(element("div", {}, element("h3", {}, title), table));
   }
@@ -238,6 +238,11 @@ function densityCell(group, share, layer, notes) {
   notes.push(`${group.label}, layer ${layers[layer]}: ${percent(share)} of ${count(group.tokens)} tokens; a random gate gives `
     + `${percent(low)} to ${percent(high)}`);
   return cell;
+}
+
+/* The ends of a plot's scale, over its ends. */
+function scaleOf(ends, digits = 2) {
+  return element("div", { class: "scale" }, ...ends.map((end) => element("span", {}, fixed(end, digits))));
 }
 
 /* A dot with its interval over the band of a random gate. */
@@ -279,7 +284,7 @@ function drawCorrelations() {
   }
   const how = found.sampled ? `95% intervals from ${count(found.resamples)} samples of the ${count(found.units)} ${found.sampled}s. ` : "";
   byId("correlations").append(
-    element("table", { "aria-labelledby": "correlation-title" }, headOf("", `−${reach.toFixed(2)} to ${reach.toFixed(2)}`, "ρ", "95%"), body),
+    element("table", { "aria-labelledby": "correlation-title" }, headOf("", scaleOf([-reach, 0, reach]), "ρ", "95%"), body),
     element("p", { class: "muted" }, `${how}The grey bar is what a random gate gives.`));
 }
 
@@ -301,7 +306,13 @@ function drawAgreement() {
   });
   const table = element("table", { "aria-labelledby": "agreement-title" }, headOf("", ...layers.map(String)), body);
   explore(table, [...table.querySelectorAll("td.cell")], (at) => [notes[at]]);
-  byId("agreement").append(table);
+  const scale = element("ol", { "aria-hidden": "true" });
+  for (const value of [-1, -0.5, 0, 0.5, 1]) {
+    const step = element("li", {}, signed(value, 1));
+    paint(step, diverge(value, 1));
+    scale.append(step);
+  }
+  byId("agreement").append(element("div", { class: "legend" }, "correlation", scale), table);
 }
 
 function drawHeader() {
