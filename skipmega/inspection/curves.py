@@ -33,9 +33,12 @@ def plot_density_curve(
     of_loss, of_scores = figure.subplots(1, 2)
     of_loss.plot(flops, losses, color=INK, marker="o", markersize=5)
     for density, at, loss in zip(densities, flops, losses, strict=True):
-        of_loss.annotate(f"{density:g}", (at, loss), textcoords="offset points", xytext=(0, 7), ha="center")
+        label = of_loss.annotate(
+            f"{density:g}", (at, loss), textcoords="offset points", xytext=(0, 8), ha="center"
+        )
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
     of_loss.margins(0.08, 0.1)
-    of_loss.set_title("at density", fontsize=10, loc="left")
+    of_loss.set_title("beside the points: the density asked for", fontsize=10, loc="left")
     of_loss.set_ylabel("held-out loss, nats/token")
     for number, (name, values) in enumerate(scores.items()):
         colour = _COLOURS[number % len(_COLOURS)]

@@ -1,6 +1,6 @@
 """Reading on from cached keys and values gives what reading the whole text gives, whatever the routing."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipmega.config import build_config
+from skipmega.config.routing import RouterName
 from skipmega.inference.native import NativeModel
 from skipmega.models.decoder import DecoderStage
 from skipmega.parallel.grid import ParallelGrid
@@ -21,9 +22,14 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "sigmoid mlp": {"router": "sigmoid", "wrap": "mlp", "update_weight": "score"},
     "raw attention": {"router": "quantile", "wrap": "attention", "router_input": "raw"},
     "predictor": {"router": "topk", "stand_in": "predictor"},
+    "top-k, its own score": {"router": "topk", "group_size": 8},
+    "another density": {"router": "quantile", "eval_density": 0.25, "router_bias": True},
+    "computed, then masked": {"router": "gumbel", "gradient": "dense"},
     "a coin": {"router": "random", "density": 0.4},
+    "a learnt coin": {"router": "fixed_input", "density": 0.4},
     "highway": {"router": "highway"},
     "dense": {"router": "always"},
+    "nobody": {"router": "never"},
 }
 
 
@@ -120,6 +126,34 @@ def test_one_token_at_a_time_beyond_the_room_that_is_kept(model: NativeModel) ->
     torch.testing.assert_close(torch.stack(steps), expected, rtol=0, atol=5e-5)
 
 
+def test_every_kind_of_router_reads_on() -> None:
+    assert {routing["router"] for routing in ROUTINGS.values()} == set(get_args(RouterName))
+
+
+def test_decisions_are_those_of_whole_texts(model: NativeModel) -> None:
+    """Which tokens execute which layer, not only what comes of it; rows of unequal length, then single tokens."""
+    pieces: list[Tensor] = []
+
+    def note(stage: Any, inputs: Any, output: Any) -> None:
+        if output.records:
+            pieces.append(output.stacked("executed"))  # [routed layers, n, b]
+
+    rows = texts([15, 12])
+    handle = model.stage.register_forward_hook(note)
+    model.logits(padded(rows))
+    cache = model.new_cache(2)
+    model.read(cache, padded([rows[0][:9], rows[1][:6]]), [9, 6])
+    for step in range(6):
+        model.read(cache, torch.stack([rows[0][9 + step], rows[1][6 + step]]).unsqueeze(1), [1, 1])
+    handle.remove()
+    if not pieces:
+        pytest.skip("no layer is routed: there is nothing to decide")
+    whole, first, *rest = pieces
+    for row, begin in enumerate((9, 6)):
+        found = torch.cat([first[:, :begin, row], *(step[:, :, row] for step in rest)], dim=1)
+        assert torch.equal(found, whole[:, : begin + 6, row])
+
+
 @pytest.mark.parametrize(
     "routing", [{"keys_values": "executed"}, {"eval_capacity_factor": 1.0, "group_size": 8}]
 )
@@ -143,5 +177,6 @@ def test_a_trace_has_the_losses_of_the_logits_and_who_executed(model: NativeMode
     assert executed.shape == (len(routed), 3, 13)
     assert executed.dtype == torch.bool
     assert bool(executed.all()) == (model.config.routing.router == "highway")
+    assert bool(executed.any()) == (model.config.routing.router != "never")
     again = model.trace(tokens[:, :5], labels[:, :5])[1]  # nobody looks ahead
     assert torch.equal(again, executed[:, :, :5])
