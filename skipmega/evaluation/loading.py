@@ -128,7 +128,8 @@ def _set_shots(name: str, task: Any, num_fewshot: int | None, seed: int) -> None
         return
     examples = task.fewshot_docs()
     available = 0 if examples is None else len(examples)
-    of_questions = task.get_config("fewshot_split") == task.get_config("test_split")
+    split = task.get_config("fewshot_split")
+    of_questions = split is not None and split == task.get_config("test_split")
     if available < shots + of_questions:
         beside = ", the question itself among them" if of_questions else ""
         raise ConfigError(

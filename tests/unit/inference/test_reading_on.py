@@ -131,7 +131,7 @@ def test_every_kind_of_router_reads_on() -> None:
 
 
 def test_decisions_are_those_of_whole_texts(model: NativeModel) -> None:
-    """Which tokens execute which layer, not only what comes of it; rows of unequal length, then single tokens."""
+    """Which tokens execute which layer: rows of unequal length, then single tokens."""
     pieces: list[Tensor] = []
 
     def note(stage: Any, inputs: Any, output: Any) -> None:
