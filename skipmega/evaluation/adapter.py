@@ -11,6 +11,7 @@ be there.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
@@ -57,6 +58,8 @@ class SkipmegaLM(TemplateLM):
         super().__init__()
         self._language_model = model
         self._text_tokenizer = tokenizer
+        # lm-eval encodes context and choice, then the context, for one choice after the other
+        self._encode = lru_cache(maxsize=2)(tokenizer.encode)
         self._batch_size = batch_size
         self._show_progress = show_progress
         self.truncated = 0
@@ -85,7 +88,7 @@ class SkipmegaLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The ids of ``string``."""
-        return self._text_tokenizer.encode(string)
+        return list(self._encode(string))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-likelihood in nats, and whether

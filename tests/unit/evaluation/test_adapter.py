@@ -66,6 +66,22 @@ def test_choices_of_one_token_share_a_row(make_bigram, byte_tokenizer):
     assert model.batches == [(1, 9)]
 
 
+def test_the_context_of_several_choices_is_encoded_once(make_bigram, byte_tokenizer, monkeypatch):
+    encoded = []
+
+    def encode(text):
+        encoded.append(text)
+        return list(text.encode())
+
+    monkeypatch.setattr(byte_tokenizer, "encode", encode)
+    adapter = SkipmegaLM(make_bigram(), byte_tokenizer, 4)
+    choices = [("one", " a"), ("one", " b"), ("one", " c"), ("two", " a")]
+    adapter.loglikelihood(requests("loglikelihood", choices))
+    assert sorted(encoded) == ["one", "one a", "one b", "one c", "two", "two a"]
+    adapter.tok_encode("two").append(0)
+    assert adapter.tok_encode("two") == list(b"two"), "what is handed out is a copy"
+
+
 def test_long_context_is_cut_from_the_left(make_bigram, byte_tokenizer, caplog):
     adapter = SkipmegaLM(make_bigram(8), byte_tokenizer, 1)
     long, cut = adapter.loglikelihood(
