@@ -62,6 +62,11 @@ class Attention(nn.Module):
         shared = self.shards.enter(tokens)
         key = rotate(self._heads(self.key(shared)), rotary, positions)
         value = self._heads(self.value(shared))
+        key, value = self.shards.gather_context(key), self.shards.gather_context(value)
+        if cached is not None:
+            key, value = cached.extend(key, value, positions, rotary.cosine.shape[0])
+        if asking is not None and len(asking.rows) == 0:
+            return tokens[:0]
         asked, at, keys_at = shared, positions, None
         if positions is not None and (self.shards.context.size > 1 or cached is not None):
             keys_at = positions.expand(-1, tokens.shape[1])
@@ -71,9 +76,6 @@ class Attention(nn.Module):
             asked = packed.view(-1, *shared.shape[1:])
             at = keys_at = asking.positions if keys_at is None else keys_at.gather(0, asking.positions)
         query = rotate(self._heads(self.query(asked)), rotary, at)
-        key, value = self.shards.gather_context(key), self.shards.gather_context(value)
-        if cached is not None:
-            key, value = cached.extend(key, value, positions, rotary.cosine.shape[0])
         attended = packed_attention(query, key, value, keys_at, since, backend)
         return self.shards.leave(self.output(attended.flatten(2)))
 

@@ -62,6 +62,8 @@ class RoutingRecord(NamedTuple):
 
 LayerResult = tuple[Tensor, RoutingRecord | None]
 
+WORTH_ASKING = 0.1  # chance that nobody executes from which on it pays to wait for the answer
+
 
 class Plans(NamedTuple):
     """Which rows execute: of this rank's, and of those that attention gathers (the same ones, unless
@@ -162,6 +164,7 @@ class DecoderLayer(nn.Module):
             group_size = capacity = rows
         elif factor is None:
             group_size = rows
+            capacity = 0 if rows == 1 and self._nobody(execute, density) else None
         else:
             capacity = group_capacity(factor, density, group_size, self.routing.min_capacity)
         gathered = make_plan(self.shards.over_tensor_ranks(execute), group_size, capacity)
@@ -169,11 +172,22 @@ class DecoderLayer(nn.Module):
             return Plans(gathered, gathered)
         return Plans(gathered.part(self.shards.tensor.rank, self.shards.tensor.size), gathered)
 
+    def _nobody(self, execute: Tensor, density: float) -> bool:
+        """Whether none of these tokens, the next ones of some texts, executes: all but keys and values can be
+        left out. The device is waited for where that is to be expected, of a few texts; else it is False."""
+        expected = (1 - density) ** execute.shape[1]
+        alone = self.shards.are_one and self.routing.dispatch == "local"
+        return alone and not self.training and expected > WORTH_ASKING and not bool(execute.any())
+
     def _pack(
         self, hidden: Tensor, normed: Tensor, decision: Decision, plans: Plans, context: LayerContext
     ) -> tuple[Tensor, int]:
         """Run the executed tokens alone, in packed form; also the number of rows that another rank ran."""
         plan = plans.mine
+        if len(plan.rows) == 0:
+            if self.routing.wrap != "mlp" and self.routing.keys_values == "all":
+                self._attend(normed, context, plans.gathered)
+            return hidden, 0
 
         def pack(full: Tensor) -> Tensor:
             packed = self._part("cheap", gather_rows, full.flatten(0, 1), plan.rows, plan.slots)

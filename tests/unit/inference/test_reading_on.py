@@ -126,6 +126,36 @@ def test_one_token_at_a_time_beyond_the_room_that_is_kept(model: NativeModel) ->
     torch.testing.assert_close(torch.stack(steps), expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("wrap", ["layer", "mlp", "attention"])
+def test_what_nobody_executes_is_left_out(grid: ParallelGrid, wrap: str) -> None:
+    """Of one text at a time; of many somebody nearly always does, and nobody is asked."""
+    model = make_model(grid, {"router": "gumbel", "wrap": wrap})
+    ran = 0
+
+    def count(*_: Any) -> None:
+        nonlocal ran
+        ran += 1
+
+    layers = [model.stage.layers[str(layer)] for layer in model.stage.routed_layers]
+    for layer in layers:
+        last = layer.attention.output if wrap == "attention" else layer.mlp.down
+        last.register_forward_hook(count)
+    for batch in (1, 5):
+        tokens = torch.stack(texts([30] * batch))
+        cache = model.new_cache(batch)
+        model.read(cache, tokens[:, :2], [2] * batch)
+        ran = 0
+        model.take_work()
+        for at in range(2, 30):
+            model.read(cache, tokens[:, at : at + 1], [1] * batch)
+        executed = model.take_work().executed
+        if batch == 1:
+            assert ran == sum(executed[layer] for layer in model.stage.routed_layers)
+            assert 0 < ran < 28 * len(layers)
+        else:
+            assert ran == 28 * len(layers)
+
+
 def test_every_kind_of_router_reads_on() -> None:
     assert {routing["router"] for routing in ROUTINGS.values()} == set(get_args(RouterName))
 
