@@ -23,7 +23,12 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of the sets of a suite")
     parser.add_argument("--include-path", action="append", default=[], help="folder of own task files")
     parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="texts of the model's length at once, and short ones more; 1: one at a time (8)",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
 

@@ -71,7 +71,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", help="folder of the sets of a suite (left out: the Hugging Face cache)")
     parser.add_argument("--num-fewshot", type=int, default=1, help="examples in the context (1)")
     parser.add_argument("--limit", type=int, help="only the first so many documents of each task")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="texts of the model's length at once, and short ones more; 1: one at a time (8)",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the choice of examples")
     parser.add_argument("--output", help="write the results to this JSON file too")
     parser.add_argument(

@@ -221,8 +221,8 @@ class EvaluationConfig(Section):
 
     ``tasks`` are names of lm-eval's tasks and of suites, whose sets lie in ``data_dir`` (left out: the
     Hugging Face cache); ``include_paths`` folders of own task files. The first ``limit`` questions of each
-    are asked, ``batch_size`` at a time, after ``num_fewshot`` examples. Whoever asks to stop must wait for
-    the answers.
+    are asked, ``batch_size`` at a time (short ones more), after ``num_fewshot`` examples. Whoever asks to
+    stop must wait for the answers.
     """
 
     interval: int = Field(0, ge=0)

@@ -9,7 +9,7 @@ be there.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from skipmega.errors import ConfigError, DataError
 from skipmega.evaluation.effort import Effort, EffortMeter, summarize
 from skipmega.evaluation.interface import LanguageModel, TextTokenizer
 from skipmega.evaluation.reading import Prefix, TextReader
-from skipmega.evaluation.sharing import Cluster, Tokens, cluster_texts
+from skipmega.evaluation.sharing import Cluster, Room, Tokens, cluster_texts
 from skipmega.training.energy import energy_source, of_all_devices
 
 T = TypeVar("T")
@@ -46,7 +46,8 @@ class SkipmegaLM(TemplateLM):
     Args:
         model: the model; on every process of its grid this class makes the same calls in the same order.
         tokenizer: the model's own.
-        batch_size: sequences in one call of the model.
+        batch_size: texts of the model's length that are read at once, and short ones more at once; 1 is one
+            at a time, of any length.
         show_progress: whether this process draws progress bars.
 
     ``truncated`` counts the requests so far that lost their beginning.
@@ -134,7 +135,8 @@ class SkipmegaLM(TemplateLM):
             self._generate(running, reader, owners)
             return {index: generations[index].generated for prompt in batch for index in prompts[prompt]}
 
-        found = self._share_out(list(prompts), finish, "generate")
+        longest = max((generation.budget for generation in generations), default=0)
+        found = self._share_out(list(prompts), finish, "generate", growth=longest)
         return [self._text(found[index], each.until) for index, each in enumerate(generations)]
 
     def _loglikelihood_tokens(
@@ -170,16 +172,16 @@ class SkipmegaLM(TemplateLM):
         texts: Sequence[Tokens],
         work: Callable[[Sequence[Tokens], "TextReader"], dict[int, T]],
         label: str,
+        growth: int = 0,
     ) -> dict[int, T]:
-        """Do ``work`` on all texts, in batches of about one length, each on one of the model's replicas; what
-        it found by number of request, on every process."""
+        """Do ``work`` on all texts, which grow by ``growth`` tokens, in batches of about one length, each on
+        one of the model's replicas; what it found by number of request, on every process."""
         model, found, number = self._language_model, {}, 0
         meter = self._meters.setdefault(label, EffortMeter(label, self._joules))
         with self._progress(len(texts), label) as progress:
             for cluster in cluster_texts(texts) if model.reads_on else [Cluster((), list(texts))]:
                 prefix = Prefix(model, cluster.prefix)
-                by_length = sorted(cluster.texts, key=len, reverse=True)
-                for batch in _batches(by_length, self._batch_size):
+                for batch in self._batches(cluster, growth):
                     if number % model.replicas == model.replica:
                         meter.begin()
                         reader = TextReader(model, prefix, batch, self._batch_size, self.eot_token_id)
@@ -190,6 +192,13 @@ class SkipmegaLM(TemplateLM):
         if model.replicas == 1:
             return found
         return {index: each for part in model.exchange(found) for index, each in part.items()}
+
+    def _batches(self, cluster: Cluster, growth: int) -> list[list[Tokens]]:
+        """Short texts go more at a time, as long as every replica has some."""
+        size, model, known = self._batch_size, self._language_model, len(cluster.prefix)
+        tokens = size * model.max_length if size > 1 else 0
+        room = Room(size, tokens, most=-(-len(cluster.texts) // model.replicas))
+        return room.batches(cluster.texts, lambda text: len(text) - known, lambda text: len(text) + growth)
 
     def _context_of(self, context: list[int], continuation: list[int]) -> Tokens:
         """What the model reads before ``continuation``: the context, cut from the left so that both fit."""
@@ -289,8 +298,3 @@ class _Generation:
     was_cut: bool
     generated: list[int] = field(default_factory=list)
     finished: bool = False
-
-
-def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

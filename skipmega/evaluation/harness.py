@@ -59,7 +59,7 @@ def evaluate_tasks(
         data_dir: folder of a suite's sets, see :func:`skipmega.evaluation.suite.write_suite_tasks`; None
             leaves data to lm-eval.
         limit: evaluate only the first ``limit`` documents of each task.
-        batch_size: sequences in one call of the model.
+        batch_size: texts of the model's length that are read at once; of short ones more, but for 1.
         seed: of the choice of few-shot examples.
         model_name: what the result calls the model.
 

@@ -1,6 +1,6 @@
 """Reading texts with a model: what they share once, and what follows them after they are read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skipmega.evaluation.interface import Cache, LanguageModel
-from skipmega.evaluation.sharing import Tokens
+from skipmega.evaluation.sharing import Room, Tokens
 
 # What is read after a text: its number, and the tokens
 _Row = tuple[int, Tokens]
@@ -101,7 +101,11 @@ class TextReader:
         for place, rest in enumerate(continuations):
             if len(rest) > known:
                 asked.setdefault((owners[place], tuple(rest[:-1])), []).append(place)
-        for batch in self._passes(asked):
+        tokens_at_once = 0 if self._cache is None else self._batch_size * self._model.max_length
+        room = Room(self._batch_size, tokens_at_once, most=len(asked))
+        for batch in room.batches(
+            asked, lambda row: len(row[1]), lambda row: len(self._texts[row[0]]) + len(row[1])
+        ):
             logits = self._read_after(batch)
             width = logits.shape[1]
             tokens = [
@@ -112,27 +116,6 @@ class TextReader:
             ]
             _score_tokens(spans, tokens, logits.flatten(0, 1))
         return [(span.log_likelihood, span.is_greedy) for span in spans]
-
-    def _passes(self, rows: Iterable[_Row]) -> list[list[_Row]]:
-        """Cut ``rows`` into passes, the longest first.
-
-        What follows a text is short, so a pass may have more rows than texts are read at once: as many as
-        remember no more than whole texts would, but beyond ``batch_size`` only if padding is less than half.
-        """
-        ordered = sorted(rows, key=lambda row: -len(row[1]))
-        longest = max((len(self._texts[owner]) + len(rest) for owner, rest in ordered), default=1)
-        most = self._batch_size
-        if self._cache is not None:
-            most = max(most, self._batch_size * self._model.max_length // longest)
-        passes: list[list[_Row]] = []
-        for row in ordered:
-            here = passes[-1] if passes else []
-            fits = here and len(here) < most and 2 * len(row[1]) >= len(here[0][1])
-            if fits or 0 < len(here) < self._batch_size:
-                here.append(row)
-            else:
-                passes.append([row])
-        return passes
 
     def _read_after(self, batch: Sequence[_Row]) -> Tensor:
         """Logits [batch, longest, vocabulary] after each token that follows the text of its owner; where

@@ -1,7 +1,6 @@
 """A checkpoint as a language model: tokens in, logits out, on any grid."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +10,13 @@ from torch import Tensor
 from skipmega.checkpoint.store import Checkpoint
 from skipmega.config import RunConfig
 from skipmega.data.order.batches import TokenBatch
+from skipmega.inference.cache import KeyValueCache, LayerCache
 from skipmega.inference.configuration import on_grid, with_eval_density
+from skipmega.inference.layers import Pass, read_layer
 from skipmega.inference.work import Work
-from skipmega.kernels.attention import document_starts
-from skipmega.models.cache import KeyValueCache, LayerCache
-from skipmega.models.decoder import DecoderStage, StageChunk, StageOutput
-from skipmega.models.layer import LayerContext
+from skipmega.kernels.attention import document_starts, visibility
+from skipmega.models.decoder import DecoderStage, StageChunk
+from skipmega.models.layer import DecoderLayer
 from skipmega.models.rotary import rotary_table
 from skipmega.parallel.grid import ParallelGrid
 from skipmega.parallel.logical import LogicalTensor, partition_dim
@@ -157,16 +157,13 @@ class NativeModel:
             losses in nats, [b, s] float32, and bool [routed layers, b, s].
         """
         assert self.grid.pipeline.size == 1
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         group = self.config.routing.group_size or 1
         padded = torch.nn.functional.pad(tokens, (0, -length % group)).to(self.device)
         self._before_pass()
-        positions = torch.arange(padded.shape[1], device=self.device)
-        context = LayerContext(None, self.config.routing.eval_capacity_factor)
-        inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
-        output = self.stage(padded, context, inputs)
-        losses = self.stage.losses(output.hidden[:length], labels.to(self.device))
-        return losses.t(), output.stacked("executed")[:, :length].transpose(1, 2)
+        hidden, executed = self._through(self.stage.chunks[0], padded)
+        losses = self.stage.losses(hidden[:length], labels.to(self.device))
+        return losses.t(), torch.stack(list(executed.values()))[:, :length].transpose(1, 2)
 
     @torch.no_grad()
     def read(
@@ -222,14 +219,12 @@ class NativeModel:
         batch = next(batches)
         rows, length = batch.tokens.shape
         since = None if batch.document_ids is None else document_starts(batch.document_ids)
-        positions = torch.arange(length, device=self.device)
-        inputs = self._routing.for_evaluation(self._steps_done, rows, positions)
-        output = chunk(batch.tokens, LayerContext(since, self.config.routing.eval_capacity_factor), inputs)
-        self._work.add([length] * rows, self._executed(output, chunk.layers))
+        hidden, executed = self._through(chunk, batch.tokens, since=since)
+        self._work.add([length] * rows, self._all_layers(executed, hidden, chunk.layers))
         if not chunk.is_last:
-            return output.hidden, _output
+            return hidden, _output
         counted = batch.loss_mask.t()
-        losses = self.stage.losses(output.hidden, batch.labels) * counted
+        losses = self.stage.losses(hidden, batch.labels) * counted
         return torch.stack([losses.sum(), counted.sum()]), _output
 
     def _run(self, tokens: Tensor, counts: Sequence[int], at: Tensor, cache: KeyValueCache | None) -> Tensor:
@@ -260,38 +255,65 @@ class NativeModel:
         batches: Iterator[Tensor],
         chunk: StageChunk,
     ) -> tuple[Tensor, Callable[..., Any]]:
-        tokens = next(batches)
-        batch, length = tokens.shape
-        positions = torch.arange(length, device=tokens.device)
-        context = LayerContext(None, self.config.routing.eval_capacity_factor)
-        if cache is not None:
-            context = replace(context, caches=cache.layers)
-            if any(cache.lengths):
-                read = torch.tensor(cache.lengths, device=tokens.device)
-                positions = positions.unsqueeze(1) + read
-                context = self._after(context, positions, max(cache.lengths) + length)
-        inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
-        output = chunk(tokens, context, inputs)
-        self._work.add(counts, self._executed(output, chunk.layers))
-        hidden = output.hidden
+        hidden, executed = self._through(chunk, next(batches), cache)
+        self._work.add(counts, self._all_layers(executed, hidden, chunk.layers))
         if not chunk.is_last:
             return hidden, _output
         wanted = at.t().unsqueeze(2).expand(-1, -1, hidden.shape[2])
         return self.stage.logits(hidden.gather(0, wanted)), _output
 
-    def _executed(self, output: StageOutput, here: range) -> Tensor:
+    def _through(
+        self,
+        chunk: StageChunk,
+        tokens: Tensor,
+        cache: KeyValueCache | None = None,
+        since: Tensor | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Read ``tokens`` [b, n].
+
+        Args:
+            cache: of the texts that they go on with.
+            since: [b, n] int64, the first position each of them sees, where they are whole texts.
+
+        Returns:
+            hidden states [n, b, hidden], and by routed layer who executed: [n, b] bool.
+        """
+        batch, length = tokens.shape
+        now, positions = self._pass(batch, length, cache, since)
+        inputs = self._routing.for_evaluation(self._steps_done, batch, positions)
+        hidden, executed = self.stage.enter(tokens, chunk), {}
+        for number in chunk.layers:
+            layer, held = self.stage.layers[str(number)], None if cache is None else cache.layers[str(number)]
+            assert isinstance(layer, DecoderLayer)
+            hidden, ran = read_layer(layer, hidden, inputs.get(number), now, held)
+            if ran is not None:
+                executed[number] = ran
+        return hidden, executed
+
+    def _pass(
+        self, batch: int, length: int, cache: KeyValueCache | None, since: Tensor | None
+    ) -> tuple[Pass, Tensor]:
+        """What layers share, and the tokens' positions [n] or [n, b] int64."""
+        model, factor = self.config.model, self.config.routing.eval_capacity_factor
+        positions, at, end, visible = torch.arange(length, device=self.device), None, length, None
+        if cache is not None:
+            end = max(cache.lengths) + length
+            cache.make_room(end)
+            if any(cache.lengths):
+                positions = at = positions.unsqueeze(1) + torch.tensor(cache.lengths, device=self.device)
+        slots = length if cache is None else cache.slots
+        if at is not None or since is not None:
+            visible = visibility(at, since, slots, batch, self.device)
+        table = rotary_table(end, model.head_size, model.rope_theta, self.device)
+        return Pass.of(table, at, visible, self.stage.dtype, slots, factor), positions
+
+    def _all_layers(self, executed: Mapping[int, Tensor], hidden: Tensor, here: range) -> Tensor:
         """bool [layers of the whole model, b, n]: who ran, of the layers ``here``."""
-        length, batch, _ = output.hidden.shape
+        length, batch, _ = hidden.shape
         everybody = torch.ones(batch, length, dtype=torch.bool, device=self.device)
         nobody = torch.zeros_like(everybody)
-        ran = dict.fromkeys(here, everybody)
-        ran |= {layer: record.executed.t() for layer, record in output.records.items()}
+        ran = dict.fromkeys(here, everybody) | {layer: mine.t() for layer, mine in executed.items()}
         return torch.stack([ran.get(layer, nobody) for layer in range(self.config.model.num_layers)])
-
-    def _after(self, context: LayerContext, positions: Tensor, end: int) -> LayerContext:
-        model = self.config.model
-        table = rotary_table(end, model.head_size, model.rope_theta, positions.device)
-        return replace(context, rotary=table, positions=positions)
 
 
 def _output(output: Tensor, non_loss_data: bool) -> Tensor:

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from skipmega.config import ModelConfig
 from skipmega.kernels.attention import AttentionBackend, packed_attention
 from skipmega.kernels.rows import gather_rows
-from skipmega.models.cache import LayerCache
 from skipmega.models.recompute import run_again
 from skipmega.models.rotary import RotaryTable, rotary_table, rotate
 from skipmega.parallel.layers import ColumnLinear, RowLinear
@@ -40,7 +39,6 @@ class Attention(nn.Module):
         asking: PackingPlan | None,
         since: Tensor | None,
         backend: AttentionBackend,
-        cached: LayerCache | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -54,28 +52,23 @@ class Attention(nn.Module):
             since: [b, s] int64 or None, see :func:`skipmega.kernels.attention.packed_attention`; counted as
                 keys are, that is in positions where the keys are those of all tokens.
             backend: the implementation to use.
-            cached: keys and values of the tokens before these, which these are added to.
 
         Returns:
             [rows of this rank that ask, b, hidden].
         """
         shared = self.shards.enter(tokens)
-        key = rotate(self._heads(self.key(shared)), rotary, positions)
-        value = self._heads(self.value(shared))
-        key, value = self.shards.gather_context(key), self.shards.gather_context(value)
-        if cached is not None:
-            key, value = cached.extend(key, value, positions, rotary.cosine.shape[0])
-        if asking is not None and len(asking.rows) == 0:
-            return tokens[:0]
+        key = rotate(self.split(self.key(shared)), rotary, positions)
+        value = self.split(self.value(shared))
         asked, at, keys_at = shared, positions, None
-        if positions is not None and (self.shards.context.size > 1 or cached is not None):
+        if positions is not None and self.shards.context.size > 1:
             keys_at = positions.expand(-1, tokens.shape[1])
         if asking is not None:
             rows = (shared.flatten(0, 1), asking.rows, asking.slots)
             packed = run_again(gather_rows, *rows, when=self.packs_again and self.training)
             asked = packed.view(-1, *shared.shape[1:])
             at = keys_at = asking.positions if keys_at is None else keys_at.gather(0, asking.positions)
-        query = rotate(self._heads(self.query(asked)), rotary, at)
+        query = rotate(self.split(self.query(asked)), rotary, at)
+        key, value = self.shards.gather_context(key), self.shards.gather_context(value)
         attended = packed_attention(query, key, value, keys_at, since, backend)
         return self.shards.leave(self.output(attended.flatten(2)))
 
@@ -83,5 +76,6 @@ class Attention(nn.Module):
         """The table :meth:`forward` needs for sequences of ``length`` tokens."""
         return rotary_table(length, self.head_size, self.theta, device)
 
-    def _heads(self, projected: Tensor) -> Tensor:
+    def split(self, projected: Tensor) -> Tensor:
+        """[n, b, heads * d] to [n, b, heads, d]."""
         return projected.view(*projected.shape[:2], -1, self.head_size)

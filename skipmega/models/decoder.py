@@ -200,15 +200,23 @@ class DecoderStage(nn.Module):
             chunk: which one; left out, the first.
         """
         chunk = chunk or self.chunks[0]
-        if chunk.is_first:
-            hidden = self.embedding(self.shards.take_context(tokens, dim=1)).to(self.dtype)
-        else:
-            assert chunk.received is not None
-            hidden = chunk.received
+        hidden = self.enter(tokens, chunk)
         context = self._at_positions(context, tokens.shape[1], hidden.device)
         if chunk.number in self.graphs and self.training and context.warmed == 1.0:
             return StageOutput(*self.graphs[chunk.number](hidden, context, inputs))
         return StageOutput(*self._run_layers(chunk.layers, hidden, context, inputs))
+
+    def enter(self, tokens: Tensor, chunk: StageChunk) -> Tensor:
+        """What the layers of ``chunk`` are given: ``tokens`` [b, s], embedded, or what the last chunk sent.
+
+        Returns:
+            [rows of this rank, b, hidden].
+        """
+        if chunk.is_first:
+            embedded: Tensor = self.embedding(self.shards.take_context(tokens, dim=1))
+            return embedded.to(self.dtype)
+        assert chunk.received is not None
+        return chunk.received
 
     def _run_layers(
         self, layers: range, hidden: Tensor, context: LayerContext, inputs: Mapping[int, RouterInputs]
@@ -234,8 +242,6 @@ class DecoderStage(nn.Module):
     ) -> LayerResult:
         layer = self.layers[name]
         if not self.training:
-            if context.caches is not None:
-                context = replace(context, cached=context.caches[name])
             result: LayerResult = layer(hidden, inputs, context)
             return result
         run = self._compiled.get(name, layer)

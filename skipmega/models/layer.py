@@ -5,7 +5,7 @@ route, plan, dispatch (pack the executed tokens), run, combine (write back). Key
 tokens, so a skipped token stays visible as context, unless ``routing.keys_values`` says otherwise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from skipmega.config import RunConfig
 from skipmega.kernels.attention import AttentionBackend
 from skipmega.kernels.rows import add_rows, gather_rows
 from skipmega.models.attention import Attention
-from skipmega.models.cache import LayerCache
 from skipmega.models.mlp import MLP
 from skipmega.models.norm import RMSNorm
 from skipmega.models.recompute import run_again
@@ -35,7 +34,7 @@ class LayerContext:
     ``capacity_factor`` None is dropless; ``attention`` is the implementation to use; ``rotary`` the table of
     all positions, made anew by every layer if None; ``positions`` [n, 1 or b] int64 those of the rows that
     attention gathers, None for 0, 1, ...; ``warmed`` how far the density has come from 1 (0.0) to its target
-    (1.0); ``caches`` keys and values of the tokens before these, by layer, and ``cached`` those of the layer.
+    (1.0).
     """
 
     since: Tensor | None
@@ -44,8 +43,6 @@ class LayerContext:
     rotary: RotaryTable | None = None
     positions: Tensor | None = None
     warmed: float = 1.0
-    caches: Mapping[str, LayerCache] | None = None
-    cached: LayerCache | None = None
 
 
 class RoutingRecord(NamedTuple):
@@ -61,8 +58,6 @@ class RoutingRecord(NamedTuple):
 
 
 LayerResult = tuple[Tensor, RoutingRecord | None]
-
-WORTH_ASKING = 0.1  # chance that nobody executes from which on it pays to wait for the answer
 
 
 class Plans(NamedTuple):
@@ -164,7 +159,6 @@ class DecoderLayer(nn.Module):
             group_size = capacity = rows
         elif factor is None:
             group_size = rows
-            capacity = 0 if rows == 1 and self._nobody(execute, density) else None
         else:
             capacity = group_capacity(factor, density, group_size, self.routing.min_capacity)
         gathered = make_plan(self.shards.over_tensor_ranks(execute), group_size, capacity)
@@ -172,22 +166,11 @@ class DecoderLayer(nn.Module):
             return Plans(gathered, gathered)
         return Plans(gathered.part(self.shards.tensor.rank, self.shards.tensor.size), gathered)
 
-    def _nobody(self, execute: Tensor, density: float) -> bool:
-        """Whether none of these tokens, the next ones of some texts, executes: all but keys and values can be
-        left out. The device is waited for where that is to be expected, of a few texts; else it is False."""
-        expected = (1 - density) ** execute.shape[1]
-        alone = self.shards.are_one and self.routing.dispatch == "local"
-        return alone and not self.training and expected > WORTH_ASKING and not bool(execute.any())
-
     def _pack(
         self, hidden: Tensor, normed: Tensor, decision: Decision, plans: Plans, context: LayerContext
     ) -> tuple[Tensor, int]:
         """Run the executed tokens alone, in packed form; also the number of rows that another rank ran."""
         plan = plans.mine
-        if len(plan.rows) == 0:
-            if self.routing.wrap != "mlp" and self.routing.keys_values == "all":
-                self._attend(normed, context, plans.gathered)
-            return hidden, 0
 
         def pack(full: Tensor) -> Tensor:
             packed = self._part("cheap", gather_rows, full.flatten(0, 1), plan.rows, plan.slots)
@@ -208,7 +191,7 @@ class DecoderLayer(nn.Module):
                 fed, moved = self._dispatched(self._feed_forward, middle, plan)
                 update = attended + fed
         probability = pack(decision.probability.unsqueeze(-1))
-        weight = self._weight(probability, torch.ones_like(probability))
+        weight = self.weight_of_executed(probability)
         update = update * weight.to(update.dtype)
         out = add_rows(hidden.flatten(0, 1), update.flatten(0, 1), plan.rows, plan.slots)
         return out.view_as(hidden), moved
@@ -229,7 +212,7 @@ class DecoderLayer(nn.Module):
     def _attend(self, normed: Tensor, context: LayerContext, asking: PackingPlan | None = None) -> Tensor:
         """Keys and values of all tokens; those ``asking`` are packed in the result."""
         asked = (normed, context.rotary, context.positions, asking, context.since, context.attention)
-        return self._part("attention", self.attention, *asked, context.cached)
+        return self._part("attention", self.attention, *asked)
 
     def _attend_among(self, packed: Tensor, plan: PackingPlan, context: LayerContext) -> Tensor:
         """Keys, values and queries of the executed tokens, which are packed already."""
@@ -262,6 +245,10 @@ class DecoderLayer(nn.Module):
         probability = decision.probability
         weight = self._weight(probability, plan.kept.float())
         return hidden + update * weight.unsqueeze(-1).to(update.dtype)
+
+    def weight_of_executed(self, probability: Tensor) -> Tensor:
+        """What the updates of tokens that execute with this probability are multiplied by, of its shape."""
+        return self._weight(probability, torch.ones_like(probability))
 
     def _weight(self, probability: Tensor, kept: Tensor) -> Tensor:
         """What updates are multiplied by: 0 where not ``kept`` (0 or 1), else 1 or the probability.

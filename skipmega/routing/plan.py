@@ -68,14 +68,12 @@ def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> Packing
         execute: [s, b] bool.
         group_size: tokens that share a capacity; divides s.
         capacity: slots of a group; None is dropless: as many as the fullest group needs, rounded up to a
-            sixteenth of a group (their number is read back from the device, unless groups have one token).
+            sixteenth of a group (their number is read back from the device).
     """
     length, batch = execute.shape
     groups = length // group_size
     grouped = execute.view(groups, group_size, batch)
-    if capacity is None and group_size == 1:
-        capacity = 1  # as generation asks for each token: the device need not be waited for
-    elif capacity is None:
+    if capacity is None:
         # not every number its own shape, which attention libraries plan (and compilers compile) anew
         step = max(1, group_size // DROPLESS_SHAPES)
         capacity = min(group_size, step * math.ceil(max(1, int(grouped.sum(dim=1).max())) / step))

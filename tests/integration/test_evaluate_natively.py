@@ -1,4 +1,4 @@
-"""``tools/evaluate.py`` on a native checkpoint: one process or a cut model, the same scores, printed once."""
+"""Native checkpoints, evaluated and gone on with: one process or a cut model, the same, printed once."""
 
 import json
 from pathlib import Path
@@ -56,6 +56,20 @@ def test_the_table_is_printed_once(evaluated: dict[str, tuple[str, Scores]], nam
     rows = [line.split() for line in printed.splitlines() if line.startswith("unseen")]
     assert [(row[0], row[4]) for row in rows] == list(scores)
     assert [float(row[6]) for row in rows] == pytest.approx(list(scores.values()), rel=1e-4, abs=1e-4)
+
+
+def test_a_cut_model_goes_on_as_one_process_does(runs_of_2: Path) -> None:
+    """The text is streamed in pieces, once, with what it took below it."""
+    options = ["--prompt", "The quick", "--max-tokens", "12", "--temperature", "0.8", "--seed", "5"]
+    said = {}
+    for name in ("alone", "tensor", "pipeline"):
+        launcher, grid = LAUNCHES[name]
+        printed = run_command(*launcher, "tools/generate.py", runs_of_2 / "TP2", *options, *grid)
+        text, work = printed.strip().rsplit("\n\n", 1)
+        said[name] = text, work.split("; ")[1]
+        assert text.startswith("The quick")
+    assert said["tensor"] == said["pipeline"] == said["alone"]
+    assert "layers a token" in said["alone"][1]
 
 
 def test_the_speed_against_lm_eval_is_measured(runs_of_2: Path, tmp_path: Path) -> None:

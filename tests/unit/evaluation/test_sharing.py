@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skipmega.evaluation.sharing import SHORTEST_PREFIX, cluster_texts
+from skipmega.evaluation.sharing import ENOUGH_TOKENS, SHORTEST_PREFIX, Room, cluster_texts
 
 pytest.importorskip("lm_eval")
 
@@ -42,6 +42,35 @@ def test_two_tasks_are_two_clusters() -> None:
     texts = [(*first, 7, n) for n in range(5)] + [(*second, n) for n in range(4)] + [(1,)]
     found = {cluster.prefix: len(cluster.texts) for cluster in cluster_texts(texts)}
     assert found == {(*first, 7): 5, second: 4, (): 1}
+
+
+@given(
+    st.lists(st.integers(1, 900), max_size=60), st.integers(1, 8), st.integers(0, 9000), st.integers(1, 40)
+)
+def test_batches_hold_every_text_once_and_no_more_than_there_is_room_for(
+    lengths: list[int], texts: int, tokens: int, most: int
+) -> None:
+    room, prefix = Room(texts, tokens, most), 30
+    batches = room.batches(lengths, length=lambda n: n, remembered=lambda n: prefix + n)
+    assert [length for batch in batches for length in batch] == sorted(lengths, reverse=True)
+    for number, batch in enumerate(batches):
+        if len(batch) > texts:
+            assert len(batch) <= most
+            assert len(batch) * (prefix + batch[0]) <= tokens
+            assert len(batch) * batch[0] <= ENOUGH_TOKENS
+            assert 2 * batch[-1] >= batch[0], "less than half is padding"
+        if number < len(batches) - 1:
+            assert len(batch) >= texts
+
+
+def test_short_texts_go_more_at_a_time_but_not_if_one_at_a_time_was_asked() -> None:
+    def sizes(texts: int, tokens: int, most: int) -> list[int]:
+        return [len(batch) for batch in Room(texts, tokens, most).batches([10] * 40, int, int)]
+
+    assert sizes(4, 4 * 100, 40) == [40]
+    assert sizes(4, 4 * 50, 40) == [20, 20]
+    assert sizes(4, 4 * 100, 20) == [20, 20], "another replica has work too"
+    assert sizes(1, 0, 40) == [1] * 40
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

@@ -29,7 +29,7 @@ def save(grid: ParallelGrid, tmp_path: Path) -> Save:
         state = RoutingState(config, config.routed_layers, torch.device("cpu"))
         for i in range(len(state.layers)):
             state.threshold[i] = FIRST[i]
-            state.quantiles[i] = torch.linspace(-i - 1, i + 1, LEVELS)
+            state.margins[i] = torch.linspace(-i - 1, i + 1, LEVELS) - FIRST[i]
         tensors = {f"weights/{name}": LogicalTensor(t, None) for name, t in random_state(config).items()}
         tensors |= {f"routing/{name}": LogicalTensor(t, None) for name, t in state.tensors().items()}
         kept = {name: t for name, t in tensors.items() if forget not in name}

@@ -72,12 +72,13 @@ class Native:
         generator = torch.Generator().manual_seed(2)
         for i, record in enumerate(self.run(TOKENS).records.values()):
             levels = torch.linspace(0, 1, LEVELS)
-            self.routing.quantiles[i] = record.score.flatten().quantile(levels)
+            quantiles = record.score.flatten().quantile(levels)
             at = torch.randint(LEVELS // 4, LEVELS * 3 // 4, (), generator=generator)
             if self.config.routing.router not in ("highway", "never"):  # whose thresholds nobody moves
-                self.routing.threshold[i] = self.routing.quantiles[i, at]
+                self.routing.threshold[i] = quantiles[at]
             if self.config.routing.router == "fixed_input":  # whose scores are all the same
                 self.routing.threshold[i] += torch.randn((), generator=generator)
+            self.routing.margins[i] = quantiles - self.routing.threshold[i]
 
     @torch.no_grad()
     def run(self, tokens: Tensor) -> StageOutput:

@@ -8,14 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipmega.config import build_config
 from skipmega.config.routing import RouterName
 from skipmega.inference.native import NativeModel
-from skipmega.models.decoder import DecoderStage
+from skipmega.models.layer import LayerContext, RoutingRecord
 from skipmega.parallel.grid import ParallelGrid
-from skipmega.routing.state import RoutingState
+from support.native import VOCABULARY, make_model
 
-VOCABULARY = 48
 ROUTINGS: dict[str, dict[str, Any]] = {
     "gumbel": {"router": "gumbel", "density": 0.3},
     "quantile, groups": {"router": "quantile", "group_size": 8},
@@ -32,18 +30,13 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "nobody": {"router": "never"},
 }
 
-
-def make_model(grid: ParallelGrid, routing: dict[str, Any]) -> NativeModel:
-    model = {
-        "num_layers": 5, "hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "ffn_hidden_size": 24, "vocab_size": VOCABULARY, "init_std": 0.4,
-    }  # fmt: skip
-    values = {"model": model, "routing": routing, "data": {"sequence_length": 64}}
-    config = build_config(values, source="test")
-    torch.manual_seed(4)
-    stage = DecoderStage(config, grid)
-    state = RoutingState(config, stage.routed_layers, grid.device)
-    return NativeModel(config, grid, stage, state, 0)
+# what a token executes or sees depends on more than keys and values
+WHOLE: dict[str, dict[str, Any]] = {
+    "executed keys": {"router": "quantile", "keys_values": "executed"},
+    "executed keys, groups": {"router": "topk", "keys_values": "executed", "eval_density": 0.3},
+    "capacity": {"router": "gumbel", "eval_capacity_factor": 0.6, "group_size": 8},
+    "capacity, mlp": {"router": "quantile", "wrap": "mlp", "eval_capacity_factor": 0.5, "group_size": 4},
+}
 
 
 @pytest.fixture(scope="module", params=ROUTINGS)
@@ -54,6 +47,16 @@ def model(request: pytest.FixtureRequest, grid: ParallelGrid) -> NativeModel:
 def texts(lengths: list[int], seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, VOCABULARY, (length,), generator=generator) for length in lengths]
+
+
+def as_in_training(model: NativeModel, tokens: Tensor) -> tuple[Tensor, dict[int, RoutingRecord]]:
+    """Logits [b, s, vocabulary] and records of the layers that training runs."""
+    positions = torch.arange(tokens.shape[1])
+    inputs = model._routing.for_evaluation(0, len(tokens), positions)
+    context = LayerContext(None, model.config.routing.eval_capacity_factor)
+    with torch.no_grad():
+        output = model.stage(tokens, context, inputs)
+        return model.stage.logits(output.hidden).transpose(0, 1), output.records
 
 
 def padded(parts: list[Tensor]) -> Tensor:
@@ -98,21 +101,14 @@ def test_rows_taken_several_times_go_their_own_ways(model: NativeModel) -> None:
 
 
 def test_layers_that_tokens_executed_are_counted_without_padding(model: NativeModel) -> None:
-    records = {}
-
-    def note(stage: Any, inputs: Any, output: Any) -> None:
-        records.update({layer: record.executed for layer, record in output.records.items()})
-
     model.take_work()
     rows = texts([7, 4])
-    handle = model.stage.register_forward_hook(note)
     model.read(model.new_cache(2), padded(rows), [7, 4])
-    handle.remove()
     work = model.take_work()
     assert work.tokens == 11
     expected = [11] * 5
-    for layer, executed in records.items():
-        expected[layer] = int(executed[:7, 0].sum() + executed[:4, 1].sum())
+    for layer, record in as_in_training(model, padded(rows))[1].items():
+        expected[layer] = int(record.executed[:7, 0].sum() + record.executed[:4, 1].sum())
     assert work.executed == expected
     assert model.take_work().tokens == 0
 
@@ -126,56 +122,67 @@ def test_one_token_at_a_time_beyond_the_room_that_is_kept(model: NativeModel) ->
     torch.testing.assert_close(torch.stack(steps), expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("wrap", ["layer", "mlp", "attention"])
-def test_what_nobody_executes_is_left_out(grid: ParallelGrid, wrap: str) -> None:
-    """Of one text at a time; of many somebody nearly always does, and nobody is asked."""
+def test_what_is_not_executed_is_not_computed(grid: ParallelGrid, wrap: str, batch: int) -> None:
     model = make_model(grid, {"router": "gumbel", "wrap": wrap})
-    ran = 0
+    rows, calls = 0, 0
 
-    def count(*_: Any) -> None:
-        nonlocal ran
-        ran += 1
+    def count(module: Any, inputs: Any, output: Tensor) -> None:
+        nonlocal rows, calls
+        rows, calls = rows + len(output), calls + 1
 
     layers = [model.stage.layers[str(layer)] for layer in model.stage.routed_layers]
     for layer in layers:
         last = layer.attention.output if wrap == "attention" else layer.mlp.down
         last.register_forward_hook(count)
-    for batch in (1, 5):
-        tokens = torch.stack(texts([30] * batch))
-        cache = model.new_cache(batch)
-        model.read(cache, tokens[:, :2], [2] * batch)
-        ran = 0
-        model.take_work()
-        for at in range(2, 30):
-            model.read(cache, tokens[:, at : at + 1], [1] * batch)
-        executed = model.take_work().executed
-        if batch == 1:
-            assert ran == sum(executed[layer] for layer in model.stage.routed_layers)
-            assert 0 < ran < 28 * len(layers)
-        else:
-            assert ran == 28 * len(layers)
+    tokens = torch.stack(texts([30] * batch))
+    cache = model.new_cache(batch)
+    model.read(cache, tokens[:, :20], [20] * batch)
+    assert calls == len(layers)
+    for at in range(20, 30):
+        model.read(cache, tokens[:, at : at + 1], [1] * batch)
+    executed = model.take_work().executed
+    assert rows == sum(executed[layer] for layer in model.stage.routed_layers)
+    assert 0 < rows < 30 * batch * len(layers)
+    if batch == 1:
+        assert calls < 11 * len(layers), "nothing is called for a token that nothing runs for"
+
+
+@pytest.mark.parametrize("of", [*ROUTINGS, *WHOLE])
+def test_reading_gives_what_training_computes(grid: ParallelGrid, of: str) -> None:
+    """Layers are written twice, with slots and without: logits and decisions are the same."""
+    model = make_model(grid, {**ROUTINGS, **WHOLE}[of])
+    tokens = torch.stack(texts([24, 24, 24], seed=3))
+    expected, records = as_in_training(model, tokens)
+    torch.testing.assert_close(model.logits(tokens), expected, rtol=0, atol=2e-5)
+    if records:
+        decided = torch.stack([record.executed.t() for record in records.values()])
+        assert torch.equal(model.trace(tokens, tokens)[1], decided)
 
 
 def test_every_kind_of_router_reads_on() -> None:
     assert {routing["router"] for routing in ROUTINGS.values()} == set(get_args(RouterName))
 
 
-def test_decisions_are_those_of_whole_texts(model: NativeModel) -> None:
+def test_decisions_are_those_of_whole_texts(model: NativeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which tokens execute which layer: rows of unequal length, then single tokens."""
-    pieces: list[Tensor] = []
+    pieces: list[Tensor] = []  # of each read, [routed layers, n, b]
+    through = model._through
 
-    def note(stage: Any, inputs: Any, output: Any) -> None:
-        if output.records:
-            pieces.append(output.stacked("executed"))  # [routed layers, n, b]
+    def note(*arguments: Any, **more: Any) -> Any:
+        hidden, executed = through(*arguments, **more)
+        if executed:
+            pieces.append(torch.stack(list(executed.values())))
+        return hidden, executed
 
+    monkeypatch.setattr(model, "_through", note)
     rows = texts([15, 12])
-    handle = model.stage.register_forward_hook(note)
     model.logits(padded(rows))
     cache = model.new_cache(2)
     model.read(cache, padded([rows[0][:9], rows[1][:6]]), [9, 6])
     for step in range(6):
         model.read(cache, torch.stack([rows[0][9 + step], rows[1][6 + step]]).unsqueeze(1), [1, 1])
-    handle.remove()
     if not pieces:
         pytest.skip("no layer is routed: there is nothing to decide")
     whole, first, *rest = pieces
@@ -184,9 +191,7 @@ def test_decisions_are_those_of_whole_texts(model: NativeModel) -> None:
         assert torch.equal(found, whole[:, : begin + 6, row])
 
 
-@pytest.mark.parametrize(
-    "routing", [{"keys_values": "executed"}, {"eval_capacity_factor": 1.0, "group_size": 8}]
-)
+@pytest.mark.parametrize("routing", WHOLE.values())
 def test_what_depends_on_more_than_keys_and_values_does_not_read_on(
     grid: ParallelGrid, routing: dict[str, Any]
 ) -> None:

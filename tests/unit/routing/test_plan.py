@@ -138,13 +138,6 @@ def test_dropless_keeps_exactly_the_executed_tokens(case: tuple[Tensor, int, int
     check_against_the_walk(plan, execute, group_size, slots)
 
 
-def test_single_tokens_are_planned_without_waiting_for_the_device() -> None:
-    with pytest.raises(RuntimeError, match="meta"):  # where nothing can be read back
-        make_plan(torch.ones(2, 3, dtype=torch.bool, device="meta"), 2, None)
-    plan = make_plan(torch.ones(1, 3, dtype=torch.bool, device="meta"), 1, None)
-    assert plan.positions.shape == (1, 3)
-
-
 def test_dropless_plans_have_few_shapes() -> None:
     length = 1000
     shapes = {
