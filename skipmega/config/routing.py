@@ -77,10 +77,11 @@ class RoutingConfig(Section):
     of one micro-batch over all data-parallel ranks, so ``training.micro_batch_size`` times their number is
     part of the objective); ``coefficient``, a linear penalty whose factor integrates the error per step at
     ``coefficient_rate`` outside ``dead_band`` (arXiv 2506.21103); ``bias``, a threshold that integrates it at
-    ``bias_rate`` (after arXiv 2412.19437). ``density_warmup_steps`` starts at density 1. ``eval_density``
-    moves the thresholds of evaluation so that another share executes, without training anew; running
-    quantiles of the scores, updated at ``running_rate`` per step, tell where they lie. Without it gumbel
-    evaluates as in the paper, without noise: far from its target at first if that is not 0.5.
+    ``bias_rate``, in standard deviations of what it is compared with (after arXiv 2412.19437).
+    ``density_warmup_steps`` starts at density 1. ``eval_density`` moves the thresholds of evaluation so that
+    another share executes, without training anew; running quantiles of the scores, updated at
+    ``running_rate`` per step, tell where they lie. Without it gumbel evaluates as in the paper, without
+    noise: far from its target at first if that is not 0.5.
 
     **Capacity.** Groups of ``group_size`` tokens (left out: the whole sequence) have
     ``ceil(capacity_factor * density * group_size)`` slots, at least ``min_capacity``; null is dropless.
@@ -151,6 +152,11 @@ class RoutingConfig(Section):
         """
         ranked = self.router in ("quantile", "topk") and self.weight_of_updates == "straight_through"
         return ranked or self.control == "bias"
+
+    @property
+    def draws(self) -> bool:
+        """Whether noise is added to the scores in training."""
+        return self.router in ("gumbel", "random", "fixed_input")
 
     @property
     def draws_in_evaluation(self) -> bool:

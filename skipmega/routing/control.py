@@ -69,16 +69,17 @@ class DensityController:
         error = density - state.wanted(step)
         if routing.control == "coefficient":
             state.coefficient += routing.coefficient_rate * error * (error.abs() > routing.dead_band)
-        elif routing.control == "bias":
-            state.threshold += routing.bias_rate * error
-        state.quantiles.lerp_(quantiles, max(routing.running_rate, 1 / (step + 1)))
+        margins = quantiles - state.threshold.unsqueeze(1)
+        state.margins.lerp_(margins, max(routing.running_rate, 1 / (step + 1)))
+        if routing.control == "bias":
+            state.threshold += routing.bias_rate * error * state.spread()
         self.forget_step()
 
     def forget_step(self) -> None:
         """What the step saw so far moves nothing: its update was discarded, say."""
         self._micro_batches = 0
         self._density = torch.zeros_like(self.state.threshold)
-        self._quantiles = torch.zeros_like(self.state.quantiles)
+        self._quantiles = torch.zeros_like(self.state.margins)
 
 
 def squared_penalty(local: Tensor, mean: Tensor, target: Tensor, weight: float) -> Tensor:

@@ -86,7 +86,7 @@ class Router(nn.Module):
         """
         logits = self._logits(tokens)
         score = logits[..., -1] - logits[..., 0] if self.kind == "gumbel" else logits[..., 0]
-        if self.centres_gradient:
+        if self.centres_gradient and score.requires_grad:
             score = _centred(score, shards)
         compared = score if self.predictor is None else self.predictor(tokens.detach())
         if self.kind in ("gumbel", "sigmoid", "random", "fixed_input"):

@@ -1,8 +1,10 @@
 """What routing remembers between steps, and the thresholds that follow from it.
 
 Per routed layer of a stage: a threshold and a penalty coefficient, moved by the density controllers, and
-running quantiles of the score. From the quantiles follows the threshold at which any wanted share of tokens
-executes: that of the quantile router, and that of ``routing.eval_density`` for every router.
+running quantiles of the margins, by which scores lie over the threshold of their step. From these follows the
+threshold at which any wanted share of tokens executes: that of the quantile router (whose own stays at 0),
+and that of ``routing.eval_density`` for every router. Margins, since where scores and threshold move together
+running quantiles of the scores would lag behind.
 """
 
 import math
@@ -17,13 +19,16 @@ from skipmega.routing.router import RouterInputs
 
 LEVELS = 65
 WARMUP_STAGES = 8
+_QUARTERS_APART = 2 * 0.67449  # of a normal variable, in standard deviations
+_LEAST_SPREAD = 0.1  # alike as scores may be, a threshold has to pass them
+_NOISE_VARIANCE = math.pi**2 / 3  # of logistic noise
 
 
 class RoutingState:
     """The state of some routed layers.
 
-    ``threshold`` and ``coefficient`` are [layers], ``quantiles`` is [layers, LEVELS] (at 0, 1/64, ..., 1),
-    all float32 on ``device``.
+    ``threshold`` and ``coefficient`` are [layers], ``margins`` is [layers, LEVELS] (at 0, 1/64, ..., 1), all
+    float32 on ``device``.
 
     Args:
         config: the run's configuration.
@@ -38,7 +43,8 @@ class RoutingState:
         self.target = torch.tensor([config.densities[layer] for layer in layers], device=device)
         self.threshold = _initial_threshold(config, self.target)
         self.coefficient = torch.zeros(len(layers), device=device)
-        self.quantiles = _initial_quantiles(config, len(layers)).to(device)
+        scores = _initial_quantiles(config, len(layers)).to(device)
+        self.margins = scores - self.threshold.unsqueeze(1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by logical name (``layers.3.threshold``), each of one dimension."""
@@ -46,7 +52,7 @@ class RoutingState:
         for i, layer in enumerate(self.layers):
             named[f"layers.{layer}.threshold"] = self.threshold[i : i + 1]
             named[f"layers.{layer}.coefficient"] = self.coefficient[i : i + 1]
-            named[f"layers.{layer}.quantiles"] = self.quantiles[i]
+            named[f"layers.{layer}.margins"] = self.margins[i]
         return named
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -68,7 +74,6 @@ class RoutingState:
         """What the routers of tokens at ``positions`` [s] int64 are told at optimizer step ``step``
         (0-based), by global layer number."""
         routing, wanted = self.config.routing, self.wanted(step)
-        draws = routing.router in ("gumbel", "random", "fixed_input")
         thresholds = self.threshold
         if routing.router == "quantile":
             thresholds = self._quantile(1 - wanted)
@@ -76,7 +81,7 @@ class RoutingState:
             thresholds = -torch.logit(wanted)
         elif routing.router != "topk" and warmed_up(self.config, step) < 1:
             thresholds = thresholds + self._warmup_shift(wanted)
-        return self._inputs(thresholds, step, key if draws else None, positions)
+        return self._inputs(thresholds, step, key if routing.draws else None, positions)
 
     def for_evaluation(self, step: int, batch: int, positions: Tensor) -> dict[int, RouterInputs]:
         """What the routers of tokens at ``positions`` [s] or [s, b] int64 of ``batch`` sequences are told in
@@ -100,8 +105,16 @@ class RoutingState:
         if routing.router == "quantile" or (wanted is not None and routing.scores_tokens):
             return self._quantile(1 - share)
         if wanted is not None:  # fixed_input: the score is its quantile, the coin's share is wanted
-            return self.quantiles[:, LEVELS // 2] - torch.logit(share)
+            return self._quantile(torch.full_like(share, 0.5)) - torch.logit(share)
         return self.threshold
+
+    def spread(self) -> Tensor:
+        """[layers] float32: the standard deviation of what is compared with the threshold, scores and noise,
+        if scores are normal."""
+        quarter = LEVELS // 4
+        scores = (self.margins[:, -1 - quarter] - self.margins[:, quarter]) / _QUARTERS_APART
+        noise = _NOISE_VARIANCE if self.config.routing.draws else 0.0
+        return (scores.square() + noise).sqrt().clamp(min=_LEAST_SPREAD)
 
     def temperature(self, step: int) -> float:
         """The temperature at optimizer step ``step``: linear over the run to ``final_temperature``."""
@@ -136,9 +149,10 @@ class RoutingState:
         """Each layer's score at ``level`` [layers], between the two nearest known ones; below all at 0."""
         at = level.clamp(0, 1) * (LEVELS - 1)
         lower = at.floor().long().clamp(max=LEVELS - 2)
-        below = self.quantiles.gather(1, lower.unsqueeze(1)).squeeze(1)
-        above = self.quantiles.gather(1, lower.unsqueeze(1) + 1).squeeze(1)
-        return torch.where(level > 0, below + (above - below) * (at - lower), -math.inf)
+        below = self.margins.gather(1, lower.unsqueeze(1)).squeeze(1)
+        above = self.margins.gather(1, lower.unsqueeze(1) + 1).squeeze(1)
+        margin = below + (above - below) * (at - lower)
+        return torch.where(level > 0, self.threshold + margin, -math.inf)
 
 
 def warmed_up(config: RunConfig, step: int) -> float:

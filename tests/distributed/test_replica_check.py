@@ -21,7 +21,7 @@ DP4 bf16, DP4-Z2 adafactor, DP4-Z3 bf16, CP4 fp32, TP2-SP-DP2 fp32, TP2-SP-DP2-Z
 TP2-PP2 bf16
 """
 NORM = "final_norm.weight"  # whole on every tensor rank
-ROUTING = "layers.1.quantiles"
+ROUTING = "layers.1.margins"
 
 
 def flip(tensor):

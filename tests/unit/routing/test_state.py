@@ -204,10 +204,10 @@ def test_without_the_dial_evaluation_compares_with_the_threshold_of_training() -
         )
         assert torch.equal(trained, state.threshold)
     state = make_state(make_config(router="quantile", density=0.25))
-    state.quantiles.copy_(torch.linspace(0, 64, LEVELS).expand_as(state.quantiles))
+    state.margins.copy_(torch.linspace(0, 64, LEVELS).expand_as(state.margins))
     assert state.evaluation_thresholds().tolist() == pytest.approx([48.0] * LAYERS)
     state = make_state(make_config(router="quantile", density=0.25 + 1 / 256))
-    state.quantiles.copy_(torch.linspace(0, 64, LEVELS).expand_as(state.quantiles))
+    state.margins.copy_(torch.linspace(0, 64, LEVELS).expand_as(state.margins))
     assert state.evaluation_thresholds().tolist() == pytest.approx([47.75] * LAYERS), "in between"
 
 
@@ -221,7 +221,7 @@ def test_running_quantiles_forget_at_their_rate() -> None:
         controller.end_step(step)
         rate = max(0.25, 1 / (step + 1))
         expected += rate * (step**2 - expected)
-        torch.testing.assert_close(state.quantiles, torch.full((LAYERS, LEVELS), expected))
+        torch.testing.assert_close(state.margins, torch.full((LAYERS, LEVELS), expected))
 
 
 def test_quantiles_are_those_of_the_scores() -> None:
@@ -230,7 +230,7 @@ def test_quantiles_are_those_of_the_scores() -> None:
     scores = torch.randperm(641, generator=torch.Generator().manual_seed(0)).float()
     controller.observe(torch.zeros(LAYERS), scores.view(1, -1, 1).expand(LAYERS, -1, -1))
     controller.end_step(0)
-    torch.testing.assert_close(state.quantiles[3], torch.arange(0, 641, 10).float())
+    torch.testing.assert_close(state.margins[3], torch.arange(0, 641, 10).float())
 
 
 def test_training_draws_by_sample_and_evaluation_by_position_alone() -> None:
@@ -262,13 +262,13 @@ def test_the_state_is_saved_and_loaded_by_layer() -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     assert set(state.tensors()) == {
         f"layers.{layer}.{name}"
-        for layer in range(1, LAYERS + 1) for name in ("threshold", "coefficient", "quantiles")
+        for layer in range(1, LAYERS + 1) for name in ("threshold", "coefficient", "margins")
     }  # fmt: skip
     later = RoutingState(config, [3, 7], CPU)
     later.load(state.tensors())
     assert torch.equal(later.threshold, state.threshold[[2, 6]])
     assert torch.equal(later.coefficient, state.coefficient[[2, 6]])
-    assert torch.equal(later.quantiles, state.quantiles[[2, 6]])
+    assert torch.equal(later.margins, state.margins[[2, 6]])
     assert torch.equal(later.target, state.target[[2, 6]])
     moved = state.to(CPU)
     before = state.threshold.clone()
