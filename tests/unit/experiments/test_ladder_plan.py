@@ -94,7 +94,7 @@ def test_an_absent_plan_is_named(tmp_path: Path) -> None:
         load_plan(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["routers", "gradients", "longer"])
+@pytest.mark.parametrize("name", ["routers", "gradients", "longer", "densities"])
 def test_the_ladders_that_are_shipped(name: str) -> None:
     from skipmega.models.flops import forward_flops_per_token, target_shares
 
