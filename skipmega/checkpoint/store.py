@@ -199,16 +199,23 @@ class CheckpointStore:
             self.remove_unfinished(attempt)
             self._prune()
 
-        self._on_first_process(start, final, group)
+        def on_first_process(work: Callable[[], None]) -> None:
+            self._on_first_process(work, final, group, check_fence)
+
+        def give_up() -> None:
+            shutil.rmtree(building, ignore_errors=True)
+            check_fence()
+
+        on_first_process(start)
         try:
             write_tensors(building / _TENSORS, tensors, grid, group)
             parts = self._describe_tensors(building, grid, group)
         except (CheckpointException, OSError) as error:
             free = shutil.disk_usage(self.folder).free
             cause = f"{first_cause(error)} ({needed / 1e6:.1f} MB to write, {free / 1e6:.0f} MB free)"
-            self._on_first_process(lambda: shutil.rmtree(building, ignore_errors=True), final, group)
+            on_first_process(give_up)
             raise StorageFaultError(self._failure(final, cause)) from error
-        self._on_first_process(complete, final, group)
+        on_first_process(complete)
         return final
 
     def remove_unfinished(self, attempt: int) -> None:
@@ -257,17 +264,26 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
     def _on_first_process(
-        self, work: Callable[[], None], final: Path, group: dist.ProcessGroup | None
+        self,
+        work: Callable[[], None],
+        final: Path,
+        group: dist.ProcessGroup | None,
+        check_fence: Callable[[], None],
     ) -> None:
-        """Run ``work`` on the first process; if it fails there, fail everywhere with the same words."""
+        """Run ``work`` on the first process; if it fails there, fail everywhere with the same words.
+
+        What failed because a newer attempt took the files away is no fault of the storage.
+        """
         outcome: list[tuple[type[Exception], str] | None] = [None]
         if dist.get_rank() == 0:
             try:
-                work()
+                try:
+                    work()
+                except OSError as error:
+                    check_fence()
+                    outcome = [(StorageFaultError, self._failure(final, first_cause(error)))]
             except RunFencedError as error:
                 outcome = [(RunFencedError, str(error))]
-            except OSError as error:
-                outcome = [(StorageFaultError, self._failure(final, first_cause(error)))]
         dist.broadcast_object_list(outcome, src=0, group=group)
         if outcome[0] is not None:
             kind, message = outcome[0]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -178,18 +179,48 @@ def test_a_save_that_was_overtaken_leaves_nothing(grid: ParallelGrid, tmp_path: 
     assert names(tmp_path) == []
 
 
-def test_a_save_whose_folder_was_taken_away_never_gets_its_final_name(
-    grid: ParallelGrid, tmp_path: Path
+@pytest.mark.parametrize(
+    "moment", ["shutil.disk_usage", "write_tensors", "written_by", "dump_config", "manifest.write_manifest"]
+)
+def test_a_save_whose_folder_was_taken_away_leaves_the_run_to_the_newer_attempt(
+    grid: ParallelGrid, tmp_path: Path, moment: str
 ) -> None:
-    """A newer attempt comes after the last look for one: the older has no way to know."""
-    newer, looks = CheckpointStore(tmp_path, keep=1), iter([lambda: None, None])
+    """Stopped anywhere and woken up later: what a newer attempt took away is no fault of the storage."""
+    store, overtaken = CheckpointStore(tmp_path, keep=1), False
+    module, _, name = f"skipmega.checkpoint.store.{moment}".rpartition(".")
+    work = getattr(pkgutil.resolve_name(module), name)
+
+    def sleep_before(*args: object) -> object:
+        nonlocal overtaken
+        if not overtaken:
+            overtaken = True
+            store.remove_unfinished(1)
+        return work(*args)
 
     def check() -> None:
-        if next(looks) is None:
-            newer.remove_unfinished(1)
+        if overtaken:
+            raise RunFencedError("attempt 2 has taken over")
 
-    with pytest.raises(StorageFaultError, match="No such file or directory"):
-        newer.save(grid, CONFIG, {"step": 8}, tensors_of(8), attempt=1, check_fence=check)
+    with mock.patch(f"{module}.{name}", sleep_before), pytest.raises(RunFencedError, match="attempt 2"):
+        store.save(grid, CONFIG, {"step": 8}, tensors_of(8), attempt=1, check_fence=check)
+    assert names(tmp_path) == []
+
+
+def test_a_save_whose_folder_was_taken_away_at_last_never_gets_its_final_name(
+    grid: ParallelGrid, tmp_path: Path
+) -> None:
+    """A newer attempt comes after the last look for one and is seen in what fails."""
+    store, looks = CheckpointStore(tmp_path, keep=1), iter([False, True])
+
+    def check() -> None:
+        match next(looks, None):
+            case True:
+                store.remove_unfinished(1)
+            case None:
+                raise RunFencedError("attempt 2 has taken over")
+
+    with pytest.raises(RunFencedError, match="attempt 2"):
+        store.save(grid, CONFIG, {"step": 8}, tensors_of(8), attempt=1, check_fence=check)
     assert names(tmp_path) == []
 
 
