@@ -30,6 +30,7 @@ setup(
         "prepare": ["datatrove>=0.10,<0.11", "spacy>=3.8,<4", "regex"],
         "report": ["matplotlib", "scipy"],
         "logging": ["tensorboard", "wandb"],
+        "flash": ["flash-attn-4==4.0.0b36"],
         "mpi": ["mpi4py"],
         "dev": [
             "ruff",

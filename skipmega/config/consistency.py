@@ -48,6 +48,11 @@ def check_consistency(config: RunConfig) -> None:
         )
     if training.cuda_graphs and not training.compile:
         raise ConfigError("training.cuda_graphs=true captures compiled layers: set training.compile=true too")
+    if training.attention == "flash" and training.precision != "bf16":
+        raise ConfigError(
+            f"training.attention=flash has no kernels for training.precision={training.precision}: set "
+            "training.precision=bf16, or leave training.attention at auto"
+        )
     if training.stop_after is not None and training.stop_after > training.steps:
         raise ConfigError(
             f"training.stop_after={training.stop_after} lies beyond training.steps={training.steps}: "

@@ -1,11 +1,13 @@
 """Causal attention of packed queries over the keys and values of all tokens.
 
-Three implementations of one operation: ``sdpa`` (any device; the reference, with an explicit mask), ``flex``
-(CUDA under ``torch.compile``; block-sparse, skips what no query of a block may see) and ``triton`` (CUDA; own
-kernels, which find those blocks from the positions). One is chosen at the start. Where all tokens ask, and of
-one document, it is causal attention, of which torch's is the fastest.
+Implementations of one operation: ``sdpa`` (any device; the reference, with an explicit mask), ``flex`` (CUDA
+under ``torch.compile``; block-sparse, skips what no query of a block may see), ``flash`` (the same blocks by
+FlashAttention-4, an extra package; Hopper GPUs and newer) and ``triton`` (CUDA; own kernels, which find
+those blocks from the positions). One is chosen at the start. Where all tokens ask, and of one document, it
+is causal attention, of which torch's is the fastest.
 """
 
+import importlib.util
 from typing import Literal
 
 import torch
@@ -14,10 +16,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from skipmega.errors import ConfigError
+from skipmega.kernels.blocks import BLOCK, seen_blocks
 
-AttentionBackend = Literal["sdpa", "flex", "triton"]
-
-BLOCK = 128
+AttentionBackend = Literal["sdpa", "flex", "flash", "triton"]
 
 
 def choose_attention(
@@ -30,8 +31,13 @@ def choose_attention(
     """
     if wanted == "auto":
         return "flex" if compiled and device.type == "cuda" else "sdpa"
-    if wanted == "triton" and device.type != "cuda":
-        raise ConfigError("training.attention=triton needs a GPU, and there is none: leave it at auto")
+    if wanted in ("triton", "flash") and device.type != "cuda":
+        raise ConfigError(f"training.attention={wanted} needs a GPU, and there is none: leave it at auto")
+    if wanted == "flash" and not has_flash():
+        raise ConfigError(
+            "training.attention=flash needs the package flash-attn-4: pip install 'skipmega[flash]', or "
+            "leave it at auto"
+        )
     if wanted == "triton" and (head_size < 16 or head_size & (head_size - 1)):
         raise ConfigError(
             "training.attention=triton has kernels for heads of 16, 32, 64, 128, ... channels, and these "
@@ -40,6 +46,11 @@ def choose_attention(
     if wanted == "flex" and not compiled:
         raise ConfigError("training.attention=flex needs training.compile=true: set it, or leave it at auto")
     return wanted
+
+
+def has_flash() -> bool:
+    """Whether FlashAttention-4 is installed, whose older namesakes have no ``cute``."""
+    return bool(importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"))
 
 
 def packed_attention(
@@ -70,6 +81,13 @@ def packed_attention(
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     elif backend == "flex":
         out = _flex(q, k, v, positions, since)
+    elif backend == "flash":
+        from skipmega.kernels.attention_flash import attention as flash_attention
+
+        at, start = _bounds(positions, since, k.shape[2], k.shape[0], k.device)
+        seen = seen_blocks(at, start, k.shape[2])
+        bounds = [at.int()] if since is None else [at.int(), start.int()]
+        return flash_attention(query, key, value, bounds, [*seen.keys, *seen.queries])[0]
     elif backend == "triton":
         from skipmega.kernels.attention_triton import attention
 
@@ -127,55 +145,42 @@ def packed_block_mask(
 ) -> BlockMask:
     """The block mask of ascending queries, from positions alone (no [q, s] mask is made).
 
-    Key blocks wholly visible to every query of a query block are marked full, those visible to some
-    partial, the rest are skipped. Arguments as in :func:`packed_attention`.
+    Arguments as in :func:`packed_attention`.
     """
-    at = torch.arange(length, device=device).expand(batch, -1) if positions is None else positions.t()
-    start = torch.zeros_like(at) if since is None else since.gather(1, at)
-    queries = at.shape[1]
-    first, last = _block_range(at, queries)
-    oldest, newest = _block_range(start, queries)
-    key_start = torch.arange(0, length, BLOCK, device=device)
-    key_end = (key_start + BLOCK - 1).clamp(max=length - 1)
-    some = (key_start <= last.unsqueeze(2)) & (key_end >= oldest.unsqueeze(2))
-    every = some & (key_end <= first.unsqueeze(2)) & (key_start >= newest.unsqueeze(2))
-    upper, lower = _materialize(at.int()), _materialize(start.int())
+    at, start = _bounds(positions, since, length, batch, device)
+    seen = seen_blocks(at, start, length)
+    lists = [part.unsqueeze(1) for part in (*seen.keys, *seen.queries)]
+    *lists, upper, lower = _materialize([*lists, at.int(), start.int()])
 
     def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return k_index <= upper[b, q_index]
+
+    def visible_of_document(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return (k_index <= upper[b, q_index]) & (k_index >= lower[b, q_index])
 
-    full_count, full_index = _ordered(every)
-    partial_count, partial_index = _ordered(some & ~every)
-    return BlockMask.from_kv_blocks(
-        partial_count, partial_index, full_count, full_index, BLOCK_SIZE=BLOCK, mask_mod=visible,
-        seq_lengths=(queries, length),
-    )  # fmt: skip
+    mask = visible if since is None else visible_of_document
+    return BlockMask((at.shape[1], length), *lists, (BLOCK, BLOCK), mask)  # type: ignore
+
+
+def _bounds(
+    positions: Tensor | None, since: Tensor | None, length: int, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The last and the first position each query may see, both [b, q] int64."""
+    at = torch.arange(length, device=device).expand(batch, -1) if positions is None else positions.t()
+    return at, torch.zeros_like(at) if since is None else since.gather(1, at)
 
 
 @torch.library.custom_op("skipmega::materialize", mutates_args=())
-def _materialize(tensor: Tensor) -> Tensor:
-    """A contiguous copy that a compiler can't see through.
+def _materialize(tensors: list[Tensor]) -> list[Tensor]:
+    """Contiguous copies that a compiler can't see through.
 
     FlexAttention reads its block lists and captured tensors as they lie in memory. Computed in the same
     compiled graph they may never be laid out so: attention is then silently wrong, or does not compile
     (measured: torch 2.11, H200, relative error 0.5; the GPU tests compare).
     """
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
 
 @_materialize.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _block_range(ascending: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """First and last value of each block of an ascending [b, n] tensor: two [b, blocks]."""
-    start = torch.arange(0, length, BLOCK, device=ascending.device)
-    return ascending[:, start], ascending[:, (start + BLOCK - 1).clamp(max=length - 1)]
-
-
-def _ordered(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Count and indices (chosen ones first, in order) of [b, q_blocks, k_blocks]; a head axis is added."""
-    count = mask.sum(dim=-1, dtype=torch.int32)
-    index = mask.to(torch.int32).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-    return _materialize(count.unsqueeze(1)), _materialize(index.unsqueeze(1))
+def _(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]

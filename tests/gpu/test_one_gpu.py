@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from skipmega.kernels.attention import document_starts, packed_attention
+from skipmega.kernels.attention import document_starts, has_flash, packed_attention
 from support.steps import tiny_grid, train_tiny
 from support.worlds import ROOT, run_world
 
@@ -142,11 +142,10 @@ def test_bf16_stays_near_fp32(on_gpu):
     torch.testing.assert_close(on_gpu["bf16"]["norms"], on_gpu["fp32"]["norms"], rtol=5e-2, atol=0)
 
 
-@pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("queries", [None, 300])
-def test_attention_back_ends_agree_in_forward_and_backward(with_documents, queries):
+def attention_inputs(length, queries, with_documents):
+    """Query, key, value; positions; the first positions that may be seen."""
     torch.manual_seed(0)
-    length, batch = 512, 3
+    batch = 3
     documents = (torch.rand(batch, length, device="cuda") < 0.01).long().cumsum(1)
     since = document_starts(documents) if with_documents else None
     positions = None
@@ -157,15 +156,52 @@ def test_attention_back_ends_agree_in_forward_and_backward(with_documents, queri
         torch.randn(n, batch, heads, 64, device="cuda", requires_grad=True)
         for n, heads in ((queries or length, 8), (length, 2), (length, 2))
     ]
-    upstream = torch.randn(queries or length, batch, 8, 64, device="cuda")
-    compiled = torch.compile(packed_attention)
-    results = []
-    for attention, backend in ((packed_attention, "sdpa"), (compiled, "flex")):
-        out = attention(*inputs, positions, since, backend)
-        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
-    for reference, found in zip(*results, strict=True):
-        error = (found - reference).norm() / reference.norm()
-        assert error < 2e-3, f"relative error {error:.1e}"
+    return inputs, positions, since
+
+
+def attend_and_back(attention, inputs, *rest):
+    out = attention(*inputs, *rest)
+    upstream = torch.linspace(-1, 1, out.numel(), device="cuda").reshape(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, upstream)]
+
+
+def check_errors(found, expected, tolerance):
+    for result, reference in zip(found, expected, strict=True):
+        error = (result.double() - reference).norm() / reference.norm()
+        assert error < tolerance, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("queries", [None, 300])
+def test_attention_back_ends_agree_in_forward_and_backward(with_documents, queries):
+    inputs, *rest = attention_inputs(512, queries, with_documents)
+    expected = attend_and_back(packed_attention, inputs, *rest, "sdpa")
+    check_errors(attend_and_back(torch.compile(packed_attention), inputs, *rest, "flex"), expected, 2e-3)
+
+
+@pytest.mark.skipif(not has_flash(), reason="not installed: pip install 'skipmega[flash]'")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("length", "queries", "with_documents"),
+    [(512, 300, False), (512, 300, True), (700, None, True), (300, 7, False), (1024, 512, True)],
+)
+def test_flash_attention_in_bf16_is_near_the_reference(length, queries, with_documents, compiled):
+    inputs, *rest = attention_inputs(length, queries, with_documents)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = attend_and_back(packed_attention, exact, *rest, "sdpa")
+    attention = torch.compile(packed_attention) if compiled else packed_attention
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
+    check_errors(attend_and_back(attention, rounded, *rest, "flash"), expected, 1e-2)
+
+
+@pytest.mark.skipif(not has_flash(), reason="not installed: pip install 'skipmega[flash]'")
+@pytest.mark.timeout(400)
+def test_flash_attention_trains_as_flex_attention_does():
+    """In CUDA graphs, where every memory it writes must have been there before."""
+    ways = ({**BF16["training"], "cuda_graphs": True, "attention": kind} for kind in ("flex", "flash"))
+    ((flex, flash),) = run_world(train, 1, *({**COIN, "training": way} for way in ways), limit=380)
+    torch.testing.assert_close(flash["losses"], flex["losses"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(flash["norms"], flex["norms"], rtol=1e-2, atol=0)
 
 
 def test_the_doctor_reads_this_gpu(tmp_path):

@@ -28,6 +28,10 @@ from skipmega.errors import ConfigError
         ("model.num_layers=0", ["model.num_layers=0", "greater than or equal to 1"]),
         ("model.hidden_size='768'", ["model.hidden_size='768'", "valid integer"]),
         ("training.compile=1", ["training.compile=1", "valid boolean"]),
+        (
+            "training.attention=flash",
+            ["training.attention=flash", "precision=fp32", "precision=bf16, or leave"],
+        ),
         ("optimizer.learning_rate=fast", ["optimizer.learning_rate='fast'", "valid number"]),
         ("optimizer.beta2=1.0", ["optimizer.beta2=1.0", "less than 1"]),
         ("model.activation=relu", ["model.activation='relu'", "'gelu' or 'swiglu'"]),

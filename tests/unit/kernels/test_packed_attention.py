@@ -11,7 +11,6 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from skipmega.errors import ConfigError
 from skipmega.kernels.attention import (
-    BLOCK,
     AttentionBackend,
     choose_attention,
     document_starts,
@@ -19,6 +18,7 @@ from skipmega.kernels.attention import (
     packed_block_mask,
     visibility,
 )
+from skipmega.kernels.blocks import BLOCK
 
 BATCH, HEAD = 2, 16
 
@@ -187,7 +187,10 @@ def block_mask(positions: Tensor, documents: Tensor | None, length: int) -> Bloc
     return packed_block_mask(positions.t(), since, length, len(positions), torch.device("cpu"))
 
 
-def listed(count: Tensor, index: Tensor, sequence: int, block: int) -> set[int]:
+def listed(count: Tensor | None, index: Tensor | None, sequence: int, block: int) -> set[int]:
+    assert count is not None
+    assert index is not None
+    assert int(index.min()) >= 0
     chosen = index[sequence, 0, block, : int(count[sequence, 0, block])].tolist()
     assert chosen == sorted(set(chosen))
     return set(chosen)
@@ -201,22 +204,27 @@ def test_blocks_are_classified_as_by_every_pair(
     """Full: every pair visible; skipped: none; partial: the rest.
 
     Between documents a block may be called partial though nothing in it is seen (the ranges of documents
-    overlap, the documents do not); that costs time only, the mask inside the block is exact.
+    overlap, the documents do not), and a last block of fewer keys is; that costs time only, the mask inside
+    the block is exact. By block of keys the same pairs are listed.
     """
     positions, documents, length = packing
     last_asked = [block.max(dim=1).values for block in positions.split(BLOCK, dim=1)]
     mask = block_mask(positions, documents if with_documents else None, length)
     assert mask.seq_lengths == (positions.shape[1], length)
-    assert mask.full_kv_num_blocks is not None
-    assert mask.full_kv_indices is not None
+    keys = (mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)
+    queries = (mask.q_num_blocks, mask.q_indices), (mask.full_q_num_blocks, mask.full_q_indices)
     for b in range(BATCH):
+        for (count, index), (transposed_count, transposed_index) in zip(keys, queries, strict=True):
+            blocks = range(transposed_count.shape[2])
+            listed_there = [listed(transposed_count, transposed_index, b, j) for j in blocks]
+            for i in range(count.shape[2]):
+                assert listed(count, index, b, i) == {j for j in blocks if i in listed_there[j]}
         seen = brute_visibility(positions[b], documents[b] if with_documents else None, length)
         for i, rows in enumerate(seen.split(BLOCK, dim=0)):
-            full = listed(mask.full_kv_num_blocks, mask.full_kv_indices, b, i)
-            partial = listed(mask.kv_num_blocks, mask.kv_indices, b, i)
-            blocks = rows.split(BLOCK, dim=1)
-            assert full == {j for j, block in enumerate(blocks) if block.all()}
-            mixed = {j for j, block in enumerate(blocks) if block.any()} - full
+            partial, full = (listed(count, index, b, i) for count, index in keys)
+            pairs = rows.split(BLOCK, dim=1)
+            assert full == {j for j, block in enumerate(pairs) if block.all() and block.shape[1] == BLOCK}
+            mixed = {j for j, block in enumerate(pairs) if block.any()} - full
             if with_documents:
                 assert mixed <= partial
                 assert not partial & full
@@ -260,13 +268,16 @@ def test_the_mask_inside_partial_blocks_is_every_pair() -> None:
     assert torch.equal(torch.tensor(pairs), brute_visibility(positions[0], documents[0], 200))
 
 
-def test_what_cannot_run_is_refused() -> None:
+def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skipmega.kernels.attention.has_flash", lambda: False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_attention("auto", cpu, True, 64) == "sdpa"
     assert choose_attention("auto", gpu, True, 64) == "flex"
     assert choose_attention("triton", gpu, False, 64) == "triton"
     for arguments, message in (
         (("triton", cpu, True, 64), "needs a GPU"),
+        (("flash", cpu, True, 64), "attention=flash needs a GPU"),
+        (("flash", gpu, True, 64), r"attention=flash needs the package flash-attn-4: pip install"),
         (("triton", gpu, True, 80), "these have 80"),
         (("flex", gpu, False, 64), "training.compile=true"),
     ):
