@@ -4,8 +4,11 @@ It visits the blocks that its lists name and no others, asks the mask for the pa
 and takes the layouts that the kernels take. Of the package it has what our operator uses.
 """
 
+import importlib
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,8 +24,9 @@ class BlockSparseTensorsTorch(NamedTuple):
     block_size: tuple[int, int]
 
 
-def install() -> None:
-    """Put the stand-in where Python looks for the package."""
+@contextmanager
+def installed() -> Iterator[None]:
+    """Our operator with the stand-in; nobody else finds the package, before or after."""
     names = ["cutlass", "cutlass.cute", "flash_attn", "flash_attn.cute", "flash_attn.cute.block_sparsity",
              "flash_attn.cute.interface", "flash_attn.cute.utils"]  # fmt: skip
     modules = {name: ModuleType(name) for name in names}
@@ -34,6 +38,11 @@ def install() -> None:
     sparsity.BlockSparseTensorsTorch = BlockSparseTensorsTorch  # type: ignore[attr-defined]
     interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward  # type: ignore[attr-defined]
     sys.modules |= modules
+    operator = importlib.import_module("skipmega.kernels.attention_flash").__name__
+    for name in names:
+        del sys.modules[name]
+    yield
+    del sys.modules[operator]
 
 
 def forward(

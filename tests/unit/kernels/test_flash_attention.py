@@ -1,5 +1,7 @@
 """What FlashAttention-4 is given, by a stand-in that does what its interface says. On GPUs: tests/gpu."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _stand_in() -> None:
-    flash_attention.install()
+def _stand_in() -> Iterator[None]:
+    with flash_attention.installed():
+        yield
 
 
 def make(case: tuple[int, int, int, bool]) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
