@@ -38,6 +38,16 @@ def choose_attention(
             "training.attention=flash needs the package flash-attn-4: pip install 'skipmega[flash]', or "
             "leave it at auto"
         )
+    if wanted == "flash" and (capability := torch.cuda.get_device_capability(device)) < (9, 0):
+        raise ConfigError(
+            "training.attention=flash has kernels for GPUs of compute capability 9.0 (H100) and newer, and "
+            f"this one has {capability[0]}.{capability[1]}: leave it at auto"
+        )
+    if wanted == "flash" and (head_size > 128 or head_size % 8):
+        raise ConfigError(
+            "training.attention=flash has kernels for heads of 8, 16, 24, ... 128 channels, and these have "
+            f"{head_size} (model.head_dim): leave it at auto"
+        )
     if wanted == "triton" and (head_size < 16 or head_size & (head_size - 1)):
         raise ConfigError(
             "training.attention=triton has kernels for heads of 16, 32, 64, 128, ... channels, and these "

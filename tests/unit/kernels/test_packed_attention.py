@@ -268,6 +268,24 @@ def test_the_mask_inside_partial_blocks_is_every_pair() -> None:
     assert torch.equal(torch.tensor(pairs), brute_visibility(positions[0], documents[0], 200))
 
 
+@pytest.mark.parametrize(
+    ("capability", "head_size", "message"),
+    [
+        ((8, 0), 64, r"9\.0 \(H100\) and newer, and this one has 8\.0"),
+        ((9, 0), 192, "8, 16, .* these have 192"),
+    ],
+)
+def test_flash_attention_is_refused_where_it_has_no_kernels(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], head_size: int, message: str
+) -> None:
+    monkeypatch.setattr("skipmega.kernels.attention.has_flash", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(ConfigError, match=message):
+        choose_attention("flash", torch.device("cuda"), True, head_size)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_attention("flash", torch.device("cuda"), True, 128) == "flash"
+
+
 def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skipmega.kernels.attention.has_flash", lambda: False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
