@@ -92,12 +92,7 @@ def packed_attention(
     elif backend == "flex":
         out = _flex(q, k, v, positions, since)
     elif backend == "flash":
-        from skipmega.kernels.attention_flash import attention as flash_attention
-
-        at, start = _bounds(positions, since, k.shape[2], k.shape[0], k.device)
-        seen = seen_blocks(at, start, k.shape[2])
-        bounds = [at.int()] if since is None else [at.int(), start.int()]
-        return flash_attention(query, key, value, bounds, [*seen.keys, *seen.queries])[0]
+        return _flash(query, key, value, positions, since)
     elif backend == "triton":
         from skipmega.kernels.attention_triton import attention
 
@@ -148,6 +143,18 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, since: Tens
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None, since: Tensor | None
+) -> Tensor:
+    from skipmega.kernels.attention_flash import attention
+
+    length, batch = key.shape[:2]
+    at, start = _bounds(positions, since, length, batch, key.device)
+    seen = seen_blocks(at, start, length)
+    bounds = [at.int()] if since is None else [at.int(), start.int()]
+    return attention(query, key, value, bounds, [*seen.keys, *seen.queries])[0]
 
 
 def packed_block_mask(
