@@ -5,7 +5,6 @@
     python tools/bench.py report --output runs/bench/speed
     python tools/bench.py profile          # where the time of a layer goes
     python tools/bench.py profile-step --layers 6  # where the time of a step of so many layers goes
-    python tools/bench.py tiles            # which tiles suit the kernels of attention
     python tools/bench.py floor            # what a layer and a step cost at least, by count
 
 Arguments with a = are overrides (section.field=value) of every row. What the output folder has a record of is
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from skipmega.experiments.speed.bench import Bench
 
 MODES = ("layer", "attention", "peers", "step")
-OTHERS = ("report", "profile", "profile-step", "tiles", "floor")
+OTHERS = ("report", "profile", "profile-step", "floor")
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
     chosen = [mode for mode in MODES if mode in modes]
     if chosen:
         _measure(chosen, overrides, arguments)
-    if {"profile", "profile-step", "tiles"} & set(modes):
+    if {"profile", "profile-step"} & set(modes):
         _explain(modes, overrides, arguments)
     if chosen or "report" in modes:
         from skipmega.experiments.speed.bench import read_records
@@ -92,7 +91,7 @@ def _measure(modes: list[str], overrides: list[str], arguments: argparse.Namespa
 
 
 def _explain(modes: list[str], overrides: list[str], arguments: argparse.Namespace) -> None:
-    from skipmega.experiments.speed.profiles import profile_layers, profile_steps, sweep_tiles
+    from skipmega.experiments.speed.profiles import profile_layers, profile_steps
     from skipmega.parallel.grid import end_communication
 
     bench = _bench(overrides, arguments)
@@ -100,9 +99,6 @@ def _explain(modes: list[str], overrides: list[str], arguments: argparse.Namespa
         print(profile_layers(bench, arguments.output))
     if "profile-step" in modes:
         print(profile_steps(bench, arguments.output))
-    if "tiles" in modes:
-        for line in sweep_tiles(bench):
-            print(line, flush=True)
     end_communication()
 
 

@@ -194,7 +194,7 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    attention: Literal["auto", "sdpa", "flex", "flash", "triton"] = "auto"
+    attention: Literal["auto", "sdpa", "flex", "flash"] = "auto"
     cuda_graphs: bool = False
     recompute: Literal["none", "cheap", "attention", "mlp", "full"] = "none"
     seed: int = Field(1234, ge=0)

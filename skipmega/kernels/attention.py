@@ -1,10 +1,9 @@
 """Causal attention of packed queries over the keys and values of all tokens.
 
 Implementations of one operation: ``sdpa`` (any device; the reference, with an explicit mask), ``flex`` (CUDA
-under ``torch.compile``; block-sparse, skips what no query of a block may see), ``flash`` (the same blocks by
-FlashAttention-4, an extra package; Hopper GPUs and newer) and ``triton`` (CUDA; own kernels, which find
-those blocks from the positions). One is chosen at the start. Where all tokens ask, and of one document, it
-is causal attention, of which torch's is the fastest.
+under ``torch.compile``; block-sparse, skips what no query of a block may see) and ``flash`` (the same blocks
+by FlashAttention-4, an extra package; Hopper GPUs and newer). One is chosen at the start. Where all tokens
+ask, and of one document, it is causal attention, of which torch's is the fastest.
 """
 
 import importlib.util
@@ -18,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from skipmega.errors import ConfigError
 from skipmega.kernels.blocks import BLOCK, seen_blocks
 
-AttentionBackend = Literal["sdpa", "flex", "flash", "triton"]
+AttentionBackend = Literal["sdpa", "flex", "flash"]
 
 
 def choose_attention(
@@ -31,8 +30,8 @@ def choose_attention(
     """
     if wanted == "auto":
         return "flex" if compiled and device.type == "cuda" else "sdpa"
-    if wanted in ("triton", "flash") and device.type != "cuda":
-        raise ConfigError(f"training.attention={wanted} needs a GPU, and there is none: leave it at auto")
+    if wanted == "flash" and device.type != "cuda":
+        raise ConfigError("training.attention=flash needs a GPU, and there is none: leave it at auto")
     if wanted == "flash" and not has_flash():
         raise ConfigError(
             "training.attention=flash needs the package flash-attn-4: pip install 'skipmega[flash]', or "
@@ -47,11 +46,6 @@ def choose_attention(
         raise ConfigError(
             "training.attention=flash has kernels for heads of 8, 16, 24, ... 128 channels, and these have "
             f"{head_size} (model.head_dim): leave it at auto"
-        )
-    if wanted == "triton" and (head_size < 16 or head_size & (head_size - 1)):
-        raise ConfigError(
-            "training.attention=triton has kernels for heads of 16, 32, 64, 128, ... channels, and these "
-            f"have {head_size} (model.head_dim): leave it at auto"
         )
     if wanted == "flex" and not compiled:
         raise ConfigError("training.attention=flex needs training.compile=true: set it, or leave it at auto")
@@ -93,12 +87,6 @@ def packed_attention(
         out = _flex(q, k, v, positions, since)
     elif backend == "flash":
         return _flash(query, key, value, positions, since)
-    elif backend == "triton":
-        from skipmega.kernels.attention_triton import attention
-
-        if positions is None:
-            positions = torch.arange(len(query), device=query.device).unsqueeze(1).expand(-1, query.shape[1])
-        return attention(query, key, value, positions, since)[0]
     else:
         mask = visibility(positions, since, k.shape[2], k.shape[0], k.device)
         out = F.scaled_dot_product_attention(
@@ -135,7 +123,7 @@ def visibility(
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, since: Tensor | None) -> Tensor:
-    block_mask = packed_block_mask(positions, since, k.shape[2], k.shape[0], k.device)
+    block_mask = packed_block_mask(positions, since, k.shape[2], k.shape[0])
     out = flex_attention(
         q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1],
         # fewer than 128 queries would go to the decoding kernel, which compiles for few shapes
@@ -150,54 +138,25 @@ def _flash(
 ) -> Tensor:
     from skipmega.kernels.attention_flash import attention
 
-    length, batch = key.shape[:2]
-    at, start = _bounds(positions, since, length, batch, key.device)
-    seen = seen_blocks(at, start, length)
-    bounds = [at.int()] if since is None else [at.int(), start.int()]
+    seen = seen_blocks(positions, since, *key.shape[:2])
+    bounds = [seen.until] if since is None else [seen.until, seen.since]
     return attention(query, key, value, bounds, [*seen.keys, *seen.queries])[0]
 
 
-def packed_block_mask(
-    positions: Tensor | None, since: Tensor | None, length: int, batch: int, device: torch.device
-) -> BlockMask:
+def packed_block_mask(positions: Tensor | None, since: Tensor | None, length: int, batch: int) -> BlockMask:
     """The block mask of ascending queries, from positions alone (no [q, s] mask is made).
 
-    Arguments as in :func:`packed_attention`.
+    Arguments as in :func:`skipmega.kernels.blocks.seen_blocks`.
     """
-    at, start = _bounds(positions, since, length, batch, device)
-    seen = seen_blocks(at, start, length)
+    seen = seen_blocks(positions, since, length, batch)
+    until, first = seen.until, seen.since
     lists = [part.unsqueeze(1) for part in (*seen.keys, *seen.queries)]
-    *lists, upper, lower = _materialize([*lists, at.int(), start.int()])
 
     def visible(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        return k_index <= upper[b, q_index]
+        return k_index <= until[b, q_index]
 
     def visible_of_document(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        return (k_index <= upper[b, q_index]) & (k_index >= lower[b, q_index])
+        return (k_index <= until[b, q_index]) & (k_index >= first[b, q_index])
 
     mask = visible if since is None else visible_of_document
-    return BlockMask((at.shape[1], length), *lists, (BLOCK, BLOCK), mask)  # type: ignore
-
-
-def _bounds(
-    positions: Tensor | None, since: Tensor | None, length: int, batch: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The last and the first position each query may see, both [b, q] int64."""
-    at = torch.arange(length, device=device).expand(batch, -1) if positions is None else positions.t()
-    return at, torch.zeros_like(at) if since is None else since.gather(1, at)
-
-
-@torch.library.custom_op("skipmega::materialize", mutates_args=())
-def _materialize(tensors: list[Tensor]) -> list[Tensor]:
-    """Contiguous copies that a compiler can't see through.
-
-    FlexAttention reads its block lists and captured tensors as they lie in memory. Computed in the same
-    compiled graph they may never be laid out so: attention is then silently wrong, or does not compile
-    (measured: torch 2.11, H200, relative error 0.5; the GPU tests compare).
-    """
-    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-
-
-@_materialize.register_fake
-def _(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
+    return BlockMask((until.shape[1], length), *lists, (BLOCK, BLOCK), mask)  # type: ignore

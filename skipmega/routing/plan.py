@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skipmega.kernels.packing import assign_slots
+
 DROPLESS_SHAPES = 16
 
 
@@ -58,7 +60,7 @@ def group_capacity(factor: float, density: float, group_size: int, minimum: int 
 
 def slots_before(kept: Tensor) -> Tensor:
     """How many earlier tokens of its sequence have a slot: [s, b] bool to [s, b] int64."""
-    return _running_count(kept.unsqueeze(0)).squeeze(0) - kept.long()
+    return _running_count(kept) - kept.long()
 
 
 def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> PackingPlan:
@@ -71,37 +73,23 @@ def make_plan(execute: Tensor, group_size: int, capacity: int | None) -> Packing
             sixteenth of a group (their number is read back from the device).
     """
     length, batch = execute.shape
-    groups = length // group_size
-    grouped = execute.view(groups, group_size, batch)
     if capacity is None:
+        grouped = execute.view(length // group_size, group_size, batch)
         # not every number its own shape, which attention libraries plan (and compilers compile) anew
         step = max(1, group_size // DROPLESS_SHAPES)
         capacity = min(group_size, step * math.ceil(max(1, int(grouped.sum(dim=1).max())) / step))
-    order = _running_count(grouped) - 1
-    keep = grouped & (order < capacity)
-    first_slot = torch.arange(groups, device=execute.device).view(groups, 1, 1) * capacity
-    sequence = torch.arange(batch, device=execute.device)
-    flat_slot = ((first_slot + order) * batch + sequence).view(-1)
-    keep = keep.view(-1)
-    total = groups * capacity * batch
-
-    slots = torch.where(keep, flat_slot, -1)
-    group_end = torch.arange(1, groups + 1, device=execute.device) * group_size - 1
-    padding = (group_end.view(groups, 1, 1) * batch + sequence).expand(groups, capacity, batch).reshape(-1)
-    rows = torch.cat([padding, padding.new_zeros(1)])
-    flat_row = torch.arange(length * batch, device=execute.device)
-    rows = rows.scatter(0, torch.where(keep, flat_slot, total), flat_row)[:total]
+    rows, slots = assign_slots(execute, group_size, capacity)
     return PackingPlan(rows=rows, slots=slots, positions=(rows // batch).view(-1, batch))
 
 
 @torch.library.custom_op("skipmega::running_count", mutates_args=())
 def _running_count(chosen: Tensor) -> Tensor:
-    """Number of True up to and including each token of a group: [groups, g, b] bool to int64.
+    """Number of True up to and including each token of a sequence: [s, b] bool to int64.
 
     Kept out of compiled graphs: inductor (torch 2.11) cannot fuse what follows a long scan. Scanned along the
     last dimension, since torch scans others with one thread each (measured: H200, 190 us for 32k tokens).
     """
-    return chosen.transpose(1, 2).contiguous().cumsum(dim=2).transpose(1, 2).contiguous()
+    return chosen.t().contiguous().cumsum(dim=1).t().contiguous()
 
 
 @_running_count.register_fake

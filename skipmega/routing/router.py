@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipmega.config import RoutingConfig
+from skipmega.kernels.selection import kth_smallest
 from skipmega.parallel.sequence import SequenceShards
 from skipmega.routing.plan import group_capacity
 
@@ -186,21 +187,13 @@ def best_of_groups(score: Tensor, group_size: int, density: float) -> Tensor:
     """
     length, batch = score.shape
     grouped = score.view(length // group_size, group_size, batch)
-    worst = grouped.topk(group_capacity(1.0, density, group_size), dim=1).values[:, -1:]
-    return (grouped >= worst).view(length, batch)
+    worst = kth_smallest(grouped, group_size + 1 - group_capacity(1.0, density, group_size))
+    return (grouped >= worst.unsqueeze(1)).view(length, batch)
 
 
-@torch.library.custom_op("skipmega::share_threshold", mutates_args=())
 def share_threshold(score: Tensor, share: float) -> Tensor:
-    """The score that ``ceil(share * n)`` of the n scores exceed (fewer on ties): a [] tensor.
-
-    Kept out of compiled graphs, where a selection is no faster.
-    """
-    flat = score.flatten()
-    below = flat.numel() - math.ceil(share * flat.numel() - 1e-9)
-    return flat.new_full((), -math.inf) if below <= 0 else flat.kthvalue(below).values.clone()
-
-
-@share_threshold.register_fake
-def _(score: Tensor, share: float) -> Tensor:
-    return score.new_empty(())
+    """The score that ``ceil(share * n)`` of the n scores exceed (fewer on ties): a [] tensor."""
+    below = score.numel() - math.ceil(share * score.numel() - 1e-9)
+    if below <= 0:
+        return score.new_full((), -math.inf)
+    return kth_smallest(score.reshape(1, -1, 1), below).view(())

@@ -1,16 +1,15 @@
-"""Where the time of a layer and of a step goes, and which tiles suit attention's kernels."""
+"""Where the time of a layer and of a step goes."""
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from skipmega.experiments.speed.bench import Bench, precision, release_memory, timed
+from skipmega.experiments.speed.bench import Bench, precision, release_memory
 from skipmega.experiments.speed.layers import DENSE, own_stack
 from skipmega.experiments.step_times import now, random_batches
 from skipmega.training.engine import TrainingEngine
@@ -47,7 +46,7 @@ def profile_layers(bench: Bench, output: Path) -> str:
             once()
             if bench.grid.device.type == "cuda":
                 torch.cuda.synchronize()
-        times, launched = _kernels(seen, output / f"profile-{name}.txt")
+        times, launched = _kernels(seen, _file(output, "profile", name))
         cells = [f"{times[part] / bench.layers:.2f}" for part in (*PARTS, "other")]
         total = sum(times.values()) / bench.layers
         lines.append(
@@ -76,7 +75,7 @@ def profile_steps(bench: Bench, output: Path) -> str:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
             engine.train_step(batches, len(times), config.optimizer.learning_rate, sums)
             now(device)
-        parts, launched = _kernels(seen, output / f"profile-step-{name}.txt")
+        parts, launched = _kernels(seen, _file(output, "profile-step", name))
         by_part = [f"{parts[part]:.1f}" for part in (*PARTS, "other")]
         steps, peak = times[2:], peak_memory_gib(device) or 0.0
         whole = [f"{t:.1f}" for t in (statistics.median(steps), min(steps), sum(parts.values()))]
@@ -85,6 +84,10 @@ def profile_steps(bench: Bench, output: Path) -> str:
         del engine
         release_memory(device)
     return "\n".join(lines) + "\n"
+
+
+def _file(output: Path, what: str, row: str) -> Path:
+    return output / f"{what}-{row.replace('=', '')}.txt"
 
 
 def _kernels(seen: Any, path: Path) -> tuple[dict[str, float], int]:
@@ -109,36 +112,3 @@ def _part(kernel: str) -> str:
         if any(word in name for word in PARTS[part]):
             return part
     return "other"
-
-
-def sweep_tiles(bench: Bench) -> Iterator[str]:
-    """Lines that tell the time of attention's three kernels with each choice of tiles, the rest as tuned."""
-    from skipmega.kernels.attention_triton import TUNED, Tiles, Tuning, attend, attend_backward
-
-    config = bench.config()
-    model, device, length = config.model, bench.grid.device, config.data.sequence_length
-    batch, dtype = config.training.micro_batch_size, precision(config)
-    asked = length // 2
-    positions = torch.rand(length, batch, device=device).argsort(dim=0)[:asked].sort(dim=0).values
-    shapes = [(asked, model.num_attention_heads), *[(length, model.kv_heads)] * 2]
-    query, key, value = (
-        torch.randn(rows, batch, heads, model.head_size, device=device, dtype=dtype) for rows, heads in shapes
-    )
-    out, logsum = attend(query, key, value, positions, None)
-    for kernel in TUNED._fields:
-        of_rows = (32, 64) if kernel == "key_gradient" else (64, 128)
-        for rows, columns, warps, stages in product(of_rows, (64, 128), (4, 8), (2, 3)):
-            tuning = TUNED._replace(**{kernel: Tiles(rows, columns, warps, stages)})
-
-            def run(tuning: Tuning = tuning, forward: bool = kernel == "forward") -> None:
-                if forward:
-                    attend(query, key, value, positions, None, tuning)
-                else:
-                    attend_backward(out, query, key, value, positions, None, out, logsum, tuning)
-
-            try:
-                seconds = timed(run, bench)["seconds"]
-            except Exception as error:  # tiles that do not fit into a processor
-                yield f"{kernel} {rows}x{columns} {warps} warps {stages} stages: {type(error).__name__}"
-            else:
-                yield f"{kernel} {rows}x{columns} {warps} warps {stages} stages: {seconds * 1e3:.3f} ms"

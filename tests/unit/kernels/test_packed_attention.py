@@ -184,7 +184,7 @@ def test_visibility_is_every_pair(packing: tuple[Tensor, Tensor, int]) -> None:
 def block_mask(positions: Tensor, documents: Tensor | None, length: int) -> BlockMask:
     """Of positions [b, q]."""
     since = None if documents is None else document_starts(documents)
-    return packed_block_mask(positions.t(), since, length, len(positions), torch.device("cpu"))
+    return packed_block_mask(positions.t(), since, length, len(positions))
 
 
 def listed(count: Tensor | None, index: Tensor | None, sequence: int, block: int) -> set[int]:
@@ -239,7 +239,7 @@ def test_no_positions_means_all_tokens(with_documents: bool) -> None:
     documents = every // 140 if with_documents else None
     given = block_mask(every, documents, 300)
     since = None if documents is None else document_starts(documents)
-    implied = packed_block_mask(None, since, 300, BATCH, torch.device("cpu"))
+    implied = packed_block_mask(None, since, 300, BATCH)
     assert torch.equal(implied.to_dense(), given.to_dense())
     for field in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
         assert torch.equal(getattr(implied, field), getattr(given, field))
@@ -291,12 +291,9 @@ def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_attention("auto", cpu, True, 64) == "sdpa"
     assert choose_attention("auto", gpu, True, 64) == "flex"
-    assert choose_attention("triton", gpu, False, 64) == "triton"
     for arguments, message in (
-        (("triton", cpu, True, 64), "needs a GPU"),
         (("flash", cpu, True, 64), "attention=flash needs a GPU"),
         (("flash", gpu, True, 64), r"attention=flash needs the package flash-attn-4: pip install"),
-        (("triton", gpu, True, 80), "these have 80"),
         (("flex", gpu, False, 64), "training.compile=true"),
     ):
         with pytest.raises(ConfigError, match=message):

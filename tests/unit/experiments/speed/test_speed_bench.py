@@ -55,7 +55,7 @@ def test_steps_are_profiled_kernel_by_kernel(bench: Bench, tmp_path: Path) -> No
     lines = profile_steps(bench, tmp_path).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["dense", "P=0.25"]
-    assert "aten::" in (tmp_path / "profile-step-P=0.25.txt").read_text()
+    assert "aten::" in (tmp_path / "profile-step-P0.25.txt").read_text()
 
 
 def test_records_are_kept_failures_and_late_rows_are_not(bench: Bench, tmp_path: Path) -> None:
