@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("plan", type=Path, help="YAML file: base, reference, rates, seeds, rows")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs and the results")
     parser.add_argument("--rows", help="only these, separated by commas")
-    parser.add_argument("--at-once", type=int, default=3, help="trials on one GPU at a time (3)")
+    parser.add_argument(
+        "--at-once", type=int, help="trials on one GPU at a time (3); without a GPU, on this machine (1)"
+    )
     parser.add_argument("--deadline", type=float, help="start nothing after so many seconds; rerun continues")
     parser.add_argument("--time-steps", type=int, default=0, help="then time so many steps of each row alone")
     parser.add_argument(
@@ -41,9 +43,8 @@ def main() -> None:
     if unknown := [row for row in rows if row not in plan.rows]:
         raise ConfigError(f"--rows {','.join(unknown)}: not in the plan, which has {', '.join(plan.rows)}")
     devices = list(range(torch.cuda.device_count()))
-    runner = LadderRunner(
-        arguments.plan, plan, arguments.output, devices, arguments.at_once, arguments.deadline
-    )
+    at_once = arguments.at_once or (3 if devices else 1)
+    runner = LadderRunner(arguments.plan, plan, arguments.output, devices, at_once, arguments.deadline)
     if not arguments.only_report:
         runner.run(rows)
     times = arguments.output / "step_times.json"

@@ -55,8 +55,8 @@ class LadderRunner:
         path: the plan's file.
         plan: the ladder.
         output: a folder; finished trials in it are not repeated.
-        devices: GPU numbers to use; empty for a CPU host, where trials run one after the other.
-        at_once: trials on one device at a time.
+        devices: GPU numbers to use; empty for a CPU host.
+        at_once: trials on one device, or on the host, at a time; on the host they share its cores.
         deadline: no trial starts after so many seconds, and those still running then are ended and will be
             repeated; None for no limit.
         script: what trains, called with a configuration file and overrides.
@@ -76,9 +76,10 @@ class LadderRunner:
         self.results: dict[Trial, TrialResult] = read_results(output)
         self._end = None if deadline is None else time.monotonic() + deadline
         self._places: SimpleQueue[int | None] = SimpleQueue()
-        self._workers = max(1, len(devices) * at_once)
+        self._workers = max(1, len(devices)) * at_once
         for place in range(self._workers):
             self._places.put(devices[place % len(devices)] if devices else None)
+        self._threads = max(1, (os.cpu_count() or 1) // self._workers)
         self._begun = time.monotonic()
 
     def run(self, rows: list[str]) -> None:
@@ -142,12 +143,17 @@ class LadderRunner:
                 sys.executable, str(self.script), str(self.path.parent / self.plan.base), *overrides, *more,
                 f"run_dir={folder}", f"optimizer.learning_rate={trial.rate!r}", f"training.seed={trial.seed}",
             ]  # fmt: skip
-            if not _finishes(command, Path(f"{folder}.log"), place, remaining):
+            if not _finishes(command, Path(f"{folder}.log"), self._environment(place), remaining):
                 return None
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             return folder / "config.yaml"
         finally:
             self._places.put(place)
+
+    def _environment(self, place: int | None) -> dict[str, str]:
+        if place is None:
+            return {"OMP_NUM_THREADS": str(self._threads), **os.environ}
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": str(place)}
 
     def _keep(self, result: TrialResult) -> None:
         self.results[result.trial] = result
@@ -212,7 +218,7 @@ def _median_step(metrics: Path, skip: float) -> float:
     return times[len(times) // 2]
 
 
-def _finishes(command: list[str], log: Path, place: int | None, limit: float | None) -> bool:
+def _finishes(command: list[str], log: Path, environment: dict[str, str], limit: float | None) -> bool:
     """Run ``command`` with its output in ``log``; False if it outlasts ``limit`` seconds and is ended.
 
     Raises:
@@ -225,7 +231,7 @@ def _finishes(command: list[str], log: Path, place: int | None, limit: float | N
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 timeout=limit,
-                env=_environment(place),
+                env=environment,
                 check=False,
             )
         except subprocess.TimeoutExpired:
@@ -247,10 +253,6 @@ def _has_records(metrics: Path) -> bool:
     except DataError:
         return False
     return True
-
-
-def _environment(place: int | None) -> dict[str, str]:
-    return dict(os.environ) if place is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(place)}
 
 
 def _range(density: list[float]) -> str:

@@ -14,11 +14,12 @@ from skipmega.experiments.runner import LadderRunner, TrialResult, read_results
 
 # what stands in for pretrain.py: its loss is least at rate 2, row "bad" diverges at 4, "broken" cannot start
 TRAINER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from skipmega.config import dump_config, load_config
 config = load_config(sys.argv[1], sys.argv[2:])
 folder, rate = Path(config.run_dir), config.optimizer.learning_rate
+print("threads", os.environ["OMP_NUM_THREADS"])
 if config.model.num_layers == 5:
     sys.exit("error: there is no such data")
 folder.mkdir(parents=True)
@@ -54,11 +55,13 @@ def make_plan(**changes: object) -> LadderPlan:
     return LadderPlan.model_validate({**values, **changes})
 
 
-def make_runner(folder: Path, plan: LadderPlan, deadline: float | None = None) -> LadderRunner:
+def make_runner(
+    folder: Path, plan: LadderPlan, deadline: float | None = None, at_once: int = 1
+) -> LadderRunner:
     (folder / "base.yaml").write_text(BASE)
     (folder / "train.py").write_text(TRAINER)
     return LadderRunner(
-        folder / "plan.yaml", plan, folder / "out", [], 1, deadline, script=folder / "train.py"
+        folder / "plan.yaml", plan, folder / "out", [], at_once, deadline, script=folder / "train.py"
     )
 
 
@@ -68,6 +71,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = make_plan()
     make_runner(folder, plan).run(list(plan.rows))
     return folder
+
+
+def test_trials_share_the_cores_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    make_runner(tmp_path, make_plan(rates=[1.0], extensions=0), at_once=2).run(["dense"])
+    log = tmp_path / "out" / f"{Trial('dense', 1.0, 1).name}.log"
+    assert log.read_text() == "threads 3\n"
 
 
 def test_every_row_is_swept_and_its_best_repeated(finished: Path) -> None:
