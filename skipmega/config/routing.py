@@ -79,9 +79,9 @@ class RoutingConfig(Section):
     ``coefficient_rate`` outside ``dead_band`` (arXiv 2506.21103); ``bias``, a threshold that integrates it at
     ``bias_rate``, in standard deviations of what it is compared with (after arXiv 2412.19437).
     ``density_warmup_steps`` starts at density 1. ``eval_density`` moves the thresholds of evaluation so that
-    another share executes, without training anew; running quantiles of the scores, updated at
-    ``running_rate`` per step, tell where they lie. Without it gumbel evaluates as in the paper, without
-    noise: far from its target at first if that is not 0.5.
+    another share executes, without training anew; running quantiles of the scores, which follow where these
+    move and forget at ``running_rate`` per step, tell where they lie. Without it gumbel evaluates as in the
+    paper, without noise: far from its target at first if that is not 0.5.
 
     **Capacity.** Groups of ``group_size`` tokens (left out: the whole sequence) have
     ``ceil(capacity_factor * density * group_size)`` slots, at least ``min_capacity``; null is dropless.
@@ -106,7 +106,7 @@ class RoutingConfig(Section):
     update_weight: UpdateWeight | None = None
     gradient: Literal["packed", "dense"] = "packed"
     quantile_from: Literal["batch", "running"] = "batch"
-    running_rate: float = Field(0.2, gt=0, le=1)
+    running_rate: float = Field(0.05, gt=0, le=1)
     stand_in: Literal["score", "predictor"] = "score"
     stand_in_weight: float = Field(0.01, ge=0)
     density_control: DensityControl | None = None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from skipmega.routing.state import LEVELS, RoutingState
+from skipmega.routing.state import LEVELS, RoutingState, tracking_gains
 
 Mean = Callable[[Tensor], Tensor]
 
@@ -70,7 +70,10 @@ class DensityController:
         if routing.control == "coefficient":
             state.coefficient += routing.coefficient_rate * error * (error.abs() > routing.dead_band)
         margins = quantiles - state.threshold.unsqueeze(1)
-        state.margins.lerp_(margins, max(routing.running_rate, 1 / (step + 1)))
+        expected = state.margins + state.trend
+        of_level, of_trend = tracking_gains(step, routing.running_rate)
+        state.margins.copy_(expected + of_level * (margins - expected))
+        state.trend += of_trend * (margins - expected)
         if routing.control == "bias":
             state.threshold += routing.bias_rate * error * state.spread()
         self.forget_step()

@@ -1,10 +1,11 @@
 """What routing remembers between steps, and the thresholds that follow from it.
 
 Per routed layer of a stage: a threshold and a penalty coefficient, moved by the density controllers, and
-running quantiles of the margins, by which scores lie over the threshold of their step. From these follows the
-threshold at which any wanted share of tokens executes: that of the quantile router (whose own stays at 0),
-and that of ``routing.eval_density`` for every router. Margins, since where scores and threshold move together
-running quantiles of the scores would lag behind.
+running quantiles of the margins, by which scores lie over the threshold of their step, with what these change
+by a step. From these follows the threshold at which any wanted share of tokens executes: that of the quantile
+router (whose own stays at 0), and that of ``routing.eval_density`` for every router. With their trend, since
+scores move all the time and a mean of past ones lags behind: by 0.02 standard deviations a step, say, which a
+mean over 50 steps turns into a third of the tokens.
 """
 
 import math
@@ -19,6 +20,7 @@ from skipmega.routing.router import RouterInputs
 
 LEVELS = 65
 WARMUP_STAGES = 8
+_GROWTH = 4  # steps in which running quantiles learn to remember one more
 _QUARTERS_APART = 2 * 0.67449  # of a normal variable, in standard deviations
 _LEAST_SPREAD = 0.1  # alike as scores may be, a threshold has to pass them
 _NOISE_VARIANCE = math.pi**2 / 3  # of logistic noise
@@ -27,8 +29,8 @@ _NOISE_VARIANCE = math.pi**2 / 3  # of logistic noise
 class RoutingState:
     """The state of some routed layers.
 
-    ``threshold`` and ``coefficient`` are [layers], ``margins`` is [layers, LEVELS] (at 0, 1/64, ..., 1), all
-    float32 on ``device``.
+    ``threshold`` and ``coefficient`` are [layers], ``margins`` (at 0, 1/64, ..., 1) and their ``trend`` per
+    step [layers, LEVELS], all float32 on ``device``.
 
     Args:
         config: the run's configuration.
@@ -45,6 +47,7 @@ class RoutingState:
         self.coefficient = torch.zeros(len(layers), device=device)
         scores = _initial_quantiles(config, len(layers)).to(device)
         self.margins = scores - self.threshold.unsqueeze(1)
+        self.trend = torch.zeros_like(self.margins)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by logical name (``layers.3.threshold``), each of one dimension."""
@@ -53,6 +56,7 @@ class RoutingState:
             named[f"layers.{layer}.threshold"] = self.threshold[i : i + 1]
             named[f"layers.{layer}.coefficient"] = self.coefficient[i : i + 1]
             named[f"layers.{layer}.margins"] = self.margins[i]
+            named[f"layers.{layer}.trend"] = self.trend[i]
         return named
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -146,11 +150,13 @@ class RoutingState:
         return torch.where(wanted < 1, shift, -math.inf)
 
     def _quantile(self, level: Tensor) -> Tensor:
-        """Each layer's score at ``level`` [layers], between the two nearest known ones; below all at 0."""
+        """Each layer's score at ``level`` [layers] in the next step, between the two nearest known ones;
+        below all at 0."""
         at = level.clamp(0, 1) * (LEVELS - 1)
         lower = at.floor().long().clamp(max=LEVELS - 2)
-        below = self.margins.gather(1, lower.unsqueeze(1)).squeeze(1)
-        above = self.margins.gather(1, lower.unsqueeze(1) + 1).squeeze(1)
+        margins = self.margins + self.trend
+        below = margins.gather(1, lower.unsqueeze(1)).squeeze(1)
+        above = margins.gather(1, lower.unsqueeze(1) + 1).squeeze(1)
         margin = below + (above - below) * (at - lower)
         return torch.where(level > 0, self.threshold + margin, -math.inf)
 
@@ -162,6 +168,22 @@ def warmed_up(config: RunConfig, step: int) -> float:
     """
     warmup = config.routing.density_warmup_steps
     return 1.0 if step >= warmup else math.floor(WARMUP_STAGES * step / warmup) / WARMUP_STAGES
+
+
+def tracking_gains(step: int, rate: float) -> tuple[float, float]:
+    """Shares of what a step (0-based) found beyond the expected that go to level and trend.
+
+    Those of a straight line through past values: through about the latest quarter of them, until weights
+    that fall by ``1 - rate`` a step remember no more than that (filters of degree 1 and of expanding and
+    fading memory: Morrison, Introduction to Sequential Smoothing and Prediction, 1969).
+    """
+    if step == 0:
+        return 1.0, 0.0
+    known = step / _GROWTH
+    both = (known + 1) * (known + 2)
+    of_level = min(1.0, 2 * (2 * known + 1) / both)
+    of_trend = min(1.0, 6 / both)
+    return max(of_level, rate * (2 - rate)), max(of_trend, rate**2)
 
 
 def _initial_threshold(config: RunConfig, target: Tensor) -> Tensor:

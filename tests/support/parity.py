@@ -48,8 +48,10 @@ def check_gradients(found, expected, tolerance):
 
 def check_tensors(found, expected):
     for name, tensor in expected.items():
+        # a trend is a difference of several steps' margins, and has the errors of all of them
+        atol = 1e-4 if name.endswith("trend") else 2e-5
         torch.testing.assert_close(
-            found[name], tensor, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            found[name], tensor, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -74,7 +76,7 @@ def check_equal(found, expected):
     comparable = {
         name: tensor
         for name, tensor in expected["state"].items()
-        if found["same_micro_batches"] or not name.endswith("margins")
+        if found["same_micro_batches"] or not name.endswith(("margins", "trend"))
     }
     check_tensors(found["state"], comparable)
 

@@ -165,15 +165,15 @@ def skewed(layer: int, step: int, count: int = 2000) -> Tensor:
 @pytest.mark.parametrize("router", ["gumbel", "sigmoid", "quantile", "topk"])
 def test_the_dial_gives_evaluation_another_density(router: str, wanted: float) -> None:
     """After some steps of other scores, the wanted share of held-out ones lies above the threshold."""
-    config = make_config(router=router, density=0.4, eval_density=wanted, running_rate=0.2)
+    config = make_config(router=router, density=0.4, eval_density=wanted, running_rate=0.1)
     state = RoutingState(config, [1, 5, 9], CPU)
     controller = DensityController(state, lambda tensor: tensor)
-    for step in range(15):
+    for step in range(60):
         for micro_batch in range(2):
             scores = torch.cat([skewed(layer, 2 * step + micro_batch) for layer in state.layers])
             controller.observe(torch.full((3,), 0.4), scores)
         controller.end_step(step)
-    for layer, told in state.for_evaluation(15, 1, torch.arange(2000)).items():
+    for layer, told in state.for_evaluation(60, 1, torch.arange(2000)).items():
         above = (skewed(layer, 999, 20_000) > told.threshold).double().mean()
         assert above == pytest.approx(wanted, abs=0.02)
         assert told.noise is None
@@ -211,17 +211,37 @@ def test_without_the_dial_evaluation_compares_with_the_threshold_of_training() -
     assert state.evaluation_thresholds().tolist() == pytest.approx([47.75] * LAYERS), "in between"
 
 
-def test_running_quantiles_forget_at_their_rate() -> None:
-    """The first step replaces what was assumed, the next ones average, until the rate is slower."""
-    state = make_state(make_config(router="quantile", running_rate=0.25))
+def follow(values: list[float], rate: float) -> RoutingState:
+    """A state that saw a step of scores that are all the same for each of ``values``."""
+    state = make_state(make_config(router="quantile", running_rate=rate))
     controller = DensityController(state, lambda tensor: tensor)
-    expected = 0.0
-    for step in range(8):
-        controller.observe(torch.zeros(LAYERS), torch.full((LAYERS, 10, 2), float(step**2)))
+    for step, value in enumerate(values):
+        controller.observe(torch.zeros(LAYERS), torch.full((LAYERS, 10, 2), value))
         controller.end_step(step)
-        rate = max(0.25, 1 / (step + 1))
-        expected += rate * (step**2 - expected)
-        torch.testing.assert_close(state.margins, torch.full((LAYERS, LEVELS), expected))
+    return state
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25, 1.0])
+def test_running_quantiles_forget_at_their_rate(rate: float) -> None:
+    """In the end they are those of exponential smoothing, twice (Brown 1963)."""
+    values = torch.randn(600, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    state, once, twice, before = follow(values, rate), 0.0, 0.0, 0.0
+    for value in values:
+        once += rate * (value - once)
+        before, twice = twice, twice + rate * (once - twice)
+    level = 2 * once - twice
+    torch.testing.assert_close(state.margins, torch.full((LAYERS, LEVELS), level), rtol=0, atol=1e-5)
+    trend = twice - before  # for a line both means rise as it does
+    torch.testing.assert_close(state.trend, torch.full((LAYERS, LEVELS), trend), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 60])
+def test_scores_on_a_line_are_known_beforehand(steps: int) -> None:
+    """From the second step on, whatever the rate; and the first replaces what was assumed."""
+    state = follow([3.0 - 0.5 * step for step in range(steps)], rate=0.01)
+    expected = torch.full((LAYERS,), 3.0 - 0.5 * steps)
+    torch.testing.assert_close(state.evaluation_thresholds(), expected, rtol=0, atol=1e-4)
+    assert follow([3.0], rate=0.01).evaluation_thresholds().tolist() == [3.0] * LAYERS
 
 
 def test_quantiles_are_those_of_the_scores() -> None:
@@ -262,13 +282,14 @@ def test_the_state_is_saved_and_loaded_by_layer() -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
     assert set(state.tensors()) == {
         f"layers.{layer}.{name}"
-        for layer in range(1, LAYERS + 1) for name in ("threshold", "coefficient", "margins")
+        for layer in range(1, LAYERS + 1) for name in ("threshold", "coefficient", "margins", "trend")
     }  # fmt: skip
     later = RoutingState(config, [3, 7], CPU)
     later.load(state.tensors())
     assert torch.equal(later.threshold, state.threshold[[2, 6]])
     assert torch.equal(later.coefficient, state.coefficient[[2, 6]])
     assert torch.equal(later.margins, state.margins[[2, 6]])
+    assert torch.equal(later.trend, state.trend[[2, 6]])
     assert torch.equal(later.target, state.target[[2, 6]])
     moved = state.to(CPU)
     before = state.threshold.clone()
