@@ -20,7 +20,7 @@ from skipmega.routing.router import RouterInputs
 
 LEVELS = 65
 WARMUP_STAGES = 8
-_GROWTH = 4  # steps in which running quantiles learn to remember one more
+_GROWTH = 2  # steps in which running quantiles learn to remember one more
 _QUARTERS_APART = 2 * 0.67449  # of a normal variable, in standard deviations
 _LEAST_SPREAD = 0.1  # alike as scores may be, a threshold has to pass them
 _NOISE_VARIANCE = math.pi**2 / 3  # of logistic noise
@@ -173,7 +173,7 @@ def warmed_up(config: RunConfig, step: int) -> float:
 def tracking_gains(step: int, rate: float) -> tuple[float, float]:
     """Shares of what a step (0-based) found beyond the expected that go to level and trend.
 
-    Those of a straight line through past values: through about the latest quarter of them, until weights
+    Those of a straight line through past values: through about the latest half of them, until weights
     that fall by ``1 - rate`` a step remember no more than that (filters of degree 1 and of expanding and
     fading memory: Morrison, Introduction to Sequential Smoothing and Prediction, 1969).
     """

@@ -165,15 +165,15 @@ def skewed(layer: int, step: int, count: int = 2000) -> Tensor:
 @pytest.mark.parametrize("router", ["gumbel", "sigmoid", "quantile", "topk"])
 def test_the_dial_gives_evaluation_another_density(router: str, wanted: float) -> None:
     """After some steps of other scores, the wanted share of held-out ones lies above the threshold."""
-    config = make_config(router=router, density=0.4, eval_density=wanted, running_rate=0.1)
+    config = make_config(router=router, density=0.4, eval_density=wanted, running_rate=0.2)
     state = RoutingState(config, [1, 5, 9], CPU)
     controller = DensityController(state, lambda tensor: tensor)
-    for step in range(60):
+    for step in range(15):
         for micro_batch in range(2):
             scores = torch.cat([skewed(layer, 2 * step + micro_batch) for layer in state.layers])
             controller.observe(torch.full((3,), 0.4), scores)
         controller.end_step(step)
-    for layer, told in state.for_evaluation(60, 1, torch.arange(2000)).items():
+    for layer, told in state.for_evaluation(15, 1, torch.arange(2000)).items():
         above = (skewed(layer, 999, 20_000) > told.threshold).double().mean()
         assert above == pytest.approx(wanted, abs=0.02)
         assert told.noise is None
