@@ -55,7 +55,7 @@ class LadderRunner:
         path: the plan's file.
         plan: the ladder.
         output: a folder; finished trials in it are not repeated.
-        devices: GPU numbers to use; empty for a CPU host.
+        devices: numbers of GPUs to use, as torch counts those visible here; empty for a CPU host.
         at_once: trials on one device, or on the host, at a time; on the host they share its cores.
         deadline: no trial starts after so many seconds, and those still running then are ended and will be
             repeated; None for no limit.
@@ -153,7 +153,9 @@ class LadderRunner:
     def _environment(self, place: int | None) -> dict[str, str]:
         if place is None:
             return {"OMP_NUM_THREADS": str(self._threads), **os.environ}
-        return {**os.environ, "CUDA_VISIBLE_DEVICES": str(place)}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        name = visible.split(",")[place] if visible else str(place)  # numbers count those that are visible here
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": name}
 
     def _keep(self, result: TrialResult) -> None:
         self.results[result.trial] = result
