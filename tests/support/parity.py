@@ -85,7 +85,7 @@ def check_near(found, expected):
     """The same in bf16, whose roundings (2^-9) differ between grids; those of partial sums over tensor ranks
     show most.
 
-    Over ten seeds norms of tensor ranks were off by 0.13% at most in the first step and 0.31% in the next two,
+    Over ten seeds norms of tensor ranks were off by 0.13% at most in the first step and 0.31% in the next,
     where weights differ too; those of one process in bf16 are off from fp32 by up to 0.5%.
     """
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-3, atol=0)

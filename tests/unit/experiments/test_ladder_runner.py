@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from pathlib import Path
 from skipmega.config import dump_config, load_config
 config = load_config(sys.argv[1], sys.argv[2:])
 folder, rate = Path(config.run_dir), config.optimizer.learning_rate
-print("threads", os.environ["OMP_NUM_THREADS"])
+print("threads", os.environ.get("OMP_NUM_THREADS"), "GPU", os.environ.get("CUDA_VISIBLE_DEVICES"))
 if config.model.num_layers == 5:
     sys.exit("error: there is no such data")
 folder.mkdir(parents=True)
@@ -56,12 +57,22 @@ def make_plan(**changes: object) -> LadderPlan:
 
 
 def make_runner(
-    folder: Path, plan: LadderPlan, deadline: float | None = None, at_once: int = 1
+    folder: Path,
+    plan: LadderPlan,
+    deadline: float | None = None,
+    at_once: int = 1,
+    devices: Sequence[int] = (),
 ) -> LadderRunner:
     (folder / "base.yaml").write_text(BASE)
     (folder / "train.py").write_text(TRAINER)
     return LadderRunner(
-        folder / "plan.yaml", plan, folder / "out", [], at_once, deadline, script=folder / "train.py"
+        folder / "plan.yaml",
+        plan,
+        folder / "out",
+        list(devices),
+        at_once,
+        deadline,
+        script=folder / "train.py",
     )
 
 
@@ -78,7 +89,19 @@ def test_trials_share_the_cores_of_a_host(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     make_runner(tmp_path, make_plan(rates=[1.0], extensions=0), at_once=2).run(["dense"])
     log = tmp_path / "out" / f"{Trial('dense', 1.0, 1).name}.log"
-    assert log.read_text() == "threads 3\n"
+    assert log.read_text().startswith("threads 3 ")
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("3,5", "5")])
+def test_devices_are_those_that_are_visible(
+    visible: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    make_runner(tmp_path, make_plan(rates=[1.0], extensions=0, seeds=[1]), devices=[1]).run(["dense"])
+    log = tmp_path / "out" / f"{Trial('dense', 1.0, 1).name}.log"
+    assert log.read_text().endswith(f"GPU {expected}\n")
 
 
 def test_every_row_is_swept_and_its_best_repeated(finished: Path) -> None:
