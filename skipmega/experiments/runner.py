@@ -154,7 +154,9 @@ class LadderRunner:
         if place is None:
             return {"OMP_NUM_THREADS": str(self._threads), **os.environ}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        name = visible.split(",")[place] if visible else str(place)  # numbers count those that are visible here
+        name = (
+            visible.split(",")[place] if visible else str(place)
+        )  # numbers count those that are visible here
         return {**os.environ, "CUDA_VISIBLE_DEVICES": name}
 
     def _keep(self, result: TrialResult) -> None:
