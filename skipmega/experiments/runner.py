@@ -153,10 +153,8 @@ class LadderRunner:
     def _environment(self, place: int | None) -> dict[str, str]:
         if place is None:
             return {"OMP_NUM_THREADS": str(self._threads), **os.environ}
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        name = (
-            visible.split(",")[place] if visible else str(place)
-        )  # numbers count those that are visible here
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # torch counts only these
+        name = visible.split(",")[place] if visible else str(place)
         return {**os.environ, "CUDA_VISIBLE_DEVICES": name}
 
     def _keep(self, result: TrialResult) -> None:
