@@ -69,9 +69,9 @@ def train_all_compiled(grids):
 def compiled():
     """What one GPU gives, and what two give, all at once, since compiling is what takes time."""
     with ThreadPoolExecutor() as pool:
-        alone = pool.submit(run_world, train_compiled_alone, 1, limit=540)
+        alone = pool.submit(run_world, train_compiled_alone, 1, limit=280)
         both = (COMPILED, GRAPHS)
-        parts = [pool.submit(run_world, train_all_compiled, 2, part, limit=540) for part in both]
+        parts = [pool.submit(run_world, train_all_compiled, 2, part, limit=280) for part in both]
     cut = [a | b for a, b in zip(*(part.result() for part in parts), strict=True)]
     return alone.result()[0], cut
 

@@ -83,14 +83,10 @@ def check_equal(found, expected):
 
 def check_near(found, expected):
     """The same in bf16, whose roundings (2^-9) differ between grids; those of partial sums over tensor ranks
-    show most.
-
-    Over ten seeds norms of tensor ranks were off by 0.13% at most in the first step and 0.31% in the next,
-    where weights differ too; those of one process in bf16 are off from fp32 by up to 0.5%.
-    """
+    show most, and in the first step, where weights are equal, least."""
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-3, atol=0)
     torch.testing.assert_close(found["norms"][0], expected["norms"][0], rtol=2e-3, atol=0)
-    torch.testing.assert_close(found["norms"], expected["norms"], rtol=5e-3, atol=0)
+    torch.testing.assert_close(found["norms"], expected["norms"], rtol=3e-3, atol=0)
     check_gradients(found["gradients"], expected["gradients"], 4e-2)
     for mine, theirs in zip(found["seen"], expected["seen"], strict=True):
         assert mine.executed == pytest.approx(theirs.executed, abs=1e-6)

@@ -86,10 +86,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trials_share_the_cores_of_a_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     make_runner(tmp_path, make_plan(rates=[1.0], extensions=0), at_once=2).run(["dense"])
     log = tmp_path / "out" / f"{Trial('dense', 1.0, 1).name}.log"
-    assert log.read_text().startswith("threads 3 ")
+    assert log.read_text() == "threads 3 GPU None\n"
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "1"), ("3,5", "5")])
