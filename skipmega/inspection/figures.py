@@ -188,13 +188,43 @@ def plot_tradeoff(
     """
     figure = new_figure(8, 6)
     axes = figure.add_subplot()
-    for name, (cost, loss, spread) in points.items():
+    for cost, loss, spread in points.values():
         axes.errorbar(cost, loss, yerr=spread, fmt="o", color=INK, markersize=5, capsize=3, linewidth=1)
-        axes.annotate(name, (cost, loss), textcoords="offset points", xytext=(6, 3), fontsize=8, color=ACCENT)
+    low, high = axes.get_ylim()
+    heights = spread_apart([(loss - low) / (high - low) for _, loss, _ in points.values()], 0.035)
+    for (name, (cost, loss, _)), height in zip(points.items(), heights, strict=True):
+        axes.annotate(
+            name, (cost, loss), xytext=(1.03, height), textcoords="axes fraction", va="center", fontsize=8,
+            color=ACCENT, arrowprops={"arrowstyle": "-", "color": ACCENT, "linewidth": 0.4, "alpha": 0.6},
+        )  # fmt: skip
     axes.set_xlabel(x_label)
     axes.set_ylabel("held-out loss, nats/token")
     tidy(axes)
     save_figure(figure, out_png)
+
+
+def spread_apart(places: Sequence[float], gap: float) -> list[float]:
+    """The same places in the same order, moved as little as need be for neighbours to be ``gap`` apart.
+
+    Those that would overlap become a block around their mean place.
+    """
+    order = sorted(range(len(places)), key=places.__getitem__)
+    blocks: list[list[int]] = []
+    starts: list[float] = []
+    for index in order:
+        blocks.append([index])
+        starts.append(places[index])
+        while len(blocks) > 1 and starts[-1] < starts[-2] + gap * len(blocks[-2]):
+            last = blocks.pop()
+            starts.pop()
+            blocks[-1] += last
+            middle = sum(places[i] for i in blocks[-1]) / len(blocks[-1])
+            starts[-1] = middle - gap * (len(blocks[-1]) - 1) / 2
+    found = [0.0] * len(places)
+    for block, start in zip(blocks, starts, strict=True):
+        for number, index in enumerate(block):
+            found[index] = start + gap * number
+    return found
 
 
 def _draw_final_density(axes: Any, metrics: RunMetrics, density: NDArray[np.float64], target: float) -> None:

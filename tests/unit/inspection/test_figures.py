@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from skipmega.errors import DataError
 from skipmega.inspection import plot_density, plot_tokens_depth, plot_training
+from skipmega.inspection.figures import plot_tradeoff, spread_apart
 from skipmega.inspection.textgrid import lay_out
 
 pytest.importorskip("matplotlib")
@@ -52,6 +55,23 @@ def test_density_figure(metrics, tmp_path):
     plot_density(metrics, tmp_path / "density.png", target=0.5)
     height, width, _ = read_png(tmp_path / "density.png").shape
     assert (width, height) == (1500, 444)
+
+
+def test_tradeoff_figure(tmp_path):
+    plot_tradeoff({"dense": (1.0, 2.9, 0.02), "skip": (0.99, 2.9, 0.0)}, "FLOPs", tmp_path / "tradeoff.png")
+    assert read_png(tmp_path / "tradeoff.png").shape == (900, 1200, 4)
+
+
+@given(st.lists(st.integers(0, 100), max_size=12))
+def test_labels_do_not_overlap(places):
+    """In order, a gap apart, on average where they belong; those that are far from others stay."""
+    moved = spread_apart(places, 4)
+    order = sorted(range(len(places)), key=lambda i: (places[i], i))
+    assert all(moved[b] - moved[a] > 4 - 1e-9 for a, b in zip(order, order[1:], strict=False))
+    assert sum(moved) == pytest.approx(sum(places))
+    for i, place in enumerate(places):
+        if all(abs(place - other) >= 4 * len(places) for j, other in enumerate(places) if j != i):
+            assert moved[i] == place
 
 
 def test_density_of_a_dense_run_is_refused(tmp_path):
