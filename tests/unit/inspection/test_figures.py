@@ -1,6 +1,7 @@
 """Figures are drawn, of the promised size and not blank; texts keep their lines."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_labels_do_not_overlap(places):
     """In order, a gap apart, on average where they belong; those that are far from others stay."""
     moved = spread_apart(places, 4)
     order = sorted(range(len(places)), key=lambda i: (places[i], i))
-    assert all(moved[b] - moved[a] > 4 - 1e-9 for a, b in zip(order, order[1:], strict=False))
+    assert all(moved[b] - moved[a] > 4 - 1e-9 for a, b in pairwise(order))
     assert sum(moved) == pytest.approx(sum(places))
     for i, place in enumerate(places):
         if all(abs(place - other) >= 4 * len(places) for j, other in enumerate(places) if j != i):
