@@ -2,10 +2,7 @@
 second, so that many can be killed."""
 
 import faulthandler
-import io
-import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -16,10 +13,7 @@ import torch
 from skipmega.config import load_config
 from skipmega.launch.cli import run_script
 from skipmega.parallel.process import ProcessInfo
-from support.worlds import free_port
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["skipmega.launch.run", "support.forked"])
+from support.worlds import WARM, free_port, print_into
 
 
 class Attempt:
@@ -46,7 +40,7 @@ class Attempt:
         self.output = output
         port = free_port()
         self.processes: list[ForkServerProcess] = [
-            _CONTEXT.Process(
+            WARM.Process(
                 target=_train, args=(config, overrides, rank, world_size, port, output, spoil, limit)
             )
             for rank in range(world_size)
@@ -100,11 +94,7 @@ def _train(
     spoil: Callable[[int], None] | None,
     limit: float,
 ) -> None:
-    with output.open("ab") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True, write_through=True)
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True, write_through=True)
+    print_into(output)
     faulthandler.dump_traceback_later(limit, exit=True)
     torch.set_num_threads(1)  # several wait for each other where cores are shared
     os.environ.update(
