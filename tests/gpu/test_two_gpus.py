@@ -22,7 +22,8 @@ TP2-SP untied-swiglu-dropless, CP2 untied-swiglu-dropless, PP2 untied-swiglu-dro
 DP2 quantile, TP2-SP quantile, CP2 quantile, PP2-V2 quantile, PP2-V2 deep,
 TP2 mixture-of-depths, DP2 mixture-of-depths, DP2 coefficient, TP2-SP bias-mlp, CP2 bias-mlp,
 TP2-SP dense-gradient, TP2-SP recompute, DP2-Z3 recompute, CP2 adafactor,
-TP2 bf16, TP2-SP bf16, PP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16, DP2-Z3 bf16, CP2 bf16
+TP2 bf16, TP2-SP bf16, PP2 bf16, PP2-V2 bf16, DP2 bf16, DP2-Z2 bf16, DP2-Z3 bf16, CP2 bf16,
+TP2 bf16-still, TP2-SP bf16-still, PP2 bf16-still, DP2 bf16-still, DP2-Z3 bf16-still, CP2 bf16-still
 """
 COMPILED = """
 DP2 dense, DP2 routed, PP2-V2 dense, PP2-V2 routed, TP2 dense, TP2 routed, TP2-SP dense, TP2-SP routed,

@@ -81,12 +81,13 @@ def check_equal(found, expected):
     check_tensors(found["state"], comparable)
 
 
-def check_near(found, expected):
-    """The same in bf16, whose roundings (2^-9) differ between grids; those of partial sums over tensor ranks
-    show most, and in the first step, where weights are equal, least."""
+def check_near(found, expected, still):
+    """The same in bf16, whose roundings (2^-9) differ between grids, those of partial sums over tensor ranks
+    most; norms are compared while weights are equal: in the first step, and in every one of weights that
+    are ``still``."""
     torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-3, atol=0)
-    torch.testing.assert_close(found["norms"][0], expected["norms"][0], rtol=2e-3, atol=0)
-    torch.testing.assert_close(found["norms"], expected["norms"], rtol=3e-3, atol=0)
+    same = slice(None) if still else slice(1)
+    torch.testing.assert_close(found["norms"][same], expected["norms"][same], rtol=2e-3, atol=0)
     check_gradients(found["gradients"], expected["gradients"], 4e-2)
     for mine, theirs in zip(found["seen"], expected["seen"], strict=True):
         assert mine.executed == pytest.approx(theirs.executed, abs=1e-6)

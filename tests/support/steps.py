@@ -121,6 +121,7 @@ def train_tiny(
     config = tiny_config({**(overrides or {}), "parallel": parallel})
     replicas = grid.data.size
     size = (overrides or {}).get("training", {}).get("micro_batch_size")
+    rate = (overrides or {}).get("optimizer", {}).get("learning_rate", 0.01)
     training = config.training.model_copy(
         update={"micro_batch_size": size or SAMPLES_PER_MICRO_STEP // replicas}
     )
@@ -140,7 +141,7 @@ def train_tiny(
         engine.accumulate_gradients(batches, step, sums)
         if step in (0, steps - 1):
             gradients.append(gather_logical(engine, grid, safe_get_full_grad))
-        norms.append(float(engine.apply_gradients(step, 0.01)))
+        norms.append(float(engine.apply_gradients(step, rate)))
         kept = any(parameter.numel() for parameter in engine.stage.parameters())
         seen.append(average(sums, config, grid))
         losses.append(seen[-1].loss)
