@@ -7,16 +7,27 @@ from typing import Any
 import pytest
 
 from skipmega.evaluation import write_continuation_task
-from support.tiny_run import TORCHRUN_2, records, run_command, unseen_documents
+from support.tiny_run import records, run_command, unseen_documents, use_tools
+from support.worlds import run_world
 
-LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "alone": ((), ()),
-    "tensor": (TORCHRUN_2, ("--tensor-parallel", "2")),
-    "pipeline": (TORCHRUN_2, ("--pipeline-parallel", "2")),
-    "data": (TORCHRUN_2, ()),
+# options of two processes
+CUTS: dict[str, list[str]] = {
+    "tensor": ["--tensor-parallel", "2"],
+    "pipeline": ["--pipeline-parallel", "2"],
+    "data": [],
 }
 
 Scores = dict[tuple[str, str], Any]
+Command = list[str | Path]
+
+
+def launch(commands: dict[str, Command], home: Path) -> dict[str, str]:
+    """What each printed, by name: ``alone`` as a command, the others by two processes."""
+    hub = str(home / "hf-home")
+    printed = {"alone": run_command(*commands["alone"], HF_HOME=hub)}
+    cut = {name: command for name, command in commands.items() if name != "alone"}
+    texts = run_world(use_tools, 2, home, list(cut.values()), limit=240, variables={"HF_HOME": hub})
+    return printed | {name: "".join(of_all) for name, *of_all in zip(cut, *texts, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +39,12 @@ def evaluated(runs_of_2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         max_questions=8, num_examples=4, context_chars=80, continuation_chars=30, rolling_chars=300,
     )  # fmt: skip
     options = ["--tasks", ",".join(tasks), "--include-path", home / "tasks", "--limit", "6"]
-    found = {}
-    for name, (launcher, grid) in LAUNCHES.items():
-        report = home / f"{name}.json"
-        command = ["tools/evaluate.py", runs_of_2 / "TP2", *options, "--output", report, *grid]
-        found[name] = (run_command(*launcher, *command, HF_HOME=str(home / "hf-home")), read_scores(report))
-    return found
+    commands: dict[str, Command] = {
+        name: ["tools/evaluate.py", runs_of_2 / "TP2", *options, "--output", home / f"{name}.json", *cut]
+        for name, cut in {"alone": [], **CUTS}.items()
+    }
+    printed = launch(commands, home)
+    return {name: (text, read_scores(home / f"{name}.json")) for name, text in printed.items()}
 
 
 def read_scores(report: Path) -> Scores:
@@ -42,7 +53,7 @@ def read_scores(report: Path) -> Scores:
     return {(task["name"], metric["name"]): metric["value"] for task in tasks for metric in task["metrics"]}
 
 
-@pytest.mark.parametrize("name", ["tensor", "pipeline", "data"])
+@pytest.mark.parametrize("name", CUTS)
 def test_a_cut_model_has_the_scores_of_one_process(
     evaluated: dict[str, tuple[str, Scores]], name: str
 ) -> None:
@@ -50,7 +61,7 @@ def test_a_cut_model_has_the_scores_of_one_process(
     assert evaluated[name][1] == pytest.approx(evaluated["alone"][1], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", ["alone", *CUTS])
 def test_the_table_is_printed_once(evaluated: dict[str, tuple[str, Scores]], name: str) -> None:
     printed, scores = evaluated[name]
     rows = [line.split() for line in printed.splitlines() if line.startswith("unseen")]
@@ -58,13 +69,15 @@ def test_the_table_is_printed_once(evaluated: dict[str, tuple[str, Scores]], nam
     assert [float(row[6]) for row in rows] == pytest.approx(list(scores.values()), rel=1e-4, abs=1e-4)
 
 
-def test_a_cut_model_goes_on_as_one_process_does(runs_of_2: Path) -> None:
+def test_a_cut_model_goes_on_as_one_process_does(runs_of_2: Path, tmp_path: Path) -> None:
     """The text is streamed in pieces, once, with what it took below it."""
     options = ["--prompt", "The quick", "--max-tokens", "12", "--temperature", "0.8", "--seed", "5"]
+    cuts = {"alone": [], "tensor": CUTS["tensor"], "pipeline": CUTS["pipeline"]}
+    commands: dict[str, Command] = {
+        name: ["tools/generate.py", runs_of_2 / "TP2", *options, *cut] for name, cut in cuts.items()
+    }
     said = {}
-    for name in ("alone", "tensor", "pipeline"):
-        launcher, grid = LAUNCHES[name]
-        printed = run_command(*launcher, "tools/generate.py", runs_of_2 / "TP2", *options, *grid)
+    for name, printed in launch(commands, tmp_path).items():
         text, work = printed.strip().rsplit("\n\n", 1)
         said[name] = text, work.split("; ")[1]
         assert text.startswith("The quick")
@@ -100,16 +113,15 @@ def curves(runs_of_2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         max_questions=6, num_examples=4, context_chars=80, continuation_chars=30, rolling_chars=300,
     )  # fmt: skip
     options = ["--tasks", ",".join(tasks), "--include-path", home / "tasks", "--limit", "4"]
-    options += ["--eval-densities", ",".join(map(str, DENSITIES)), "--figure", home / "curve.png"]
+    options += ["--eval-densities", ",".join(map(str, DENSITIES))]
+    commands: dict[str, Command] = {}
+    for name, cut in (("alone", []), ("pipeline", CUTS["pipeline"]), ("data", [])):
+        files = ["--output", home / f"{name}.json", "--figure", home / f"{name}.png"]
+        commands[name] = ["tools/evaluate.py", runs_of_2 / "PP2", *options, *files, *cut]
     found = {}
-    for name in ("alone", "pipeline", "data"):
-        launcher, grid = LAUNCHES[name]
-        report = home / f"{name}.json"
-        command = ["tools/evaluate.py", runs_of_2 / "PP2", *options, "--output", report, *grid]
-        printed = run_command(*launcher, *command, HF_HOME=str(home / "hf-home"))
-        found[name] = {"printed": printed, **json.loads(report.read_text())}
-        assert (home / "curve.png").read_bytes().startswith(b"\x89PNG")
-        (home / "curve.png").unlink()
+    for name, printed in launch(commands, home).items():
+        found[name] = {"printed": printed, **json.loads((home / f"{name}.json").read_text())}
+        assert (home / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     return found
 
 
@@ -137,7 +149,7 @@ def test_the_curve_does_not_depend_on_the_grid(name: str, curves: dict[str, Any]
         assert found == pytest.approx(others, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*LAUNCHES])
+@pytest.mark.parametrize("name", ["alone", *CUTS])
 def test_what_answering_took_is_reported(evaluated: dict[str, tuple[str, Scores]], name: str) -> None:
     printed, _ = evaluated[name]
     assert "joules per token not available" in printed, "no device here tells"

@@ -2,11 +2,14 @@
 
 import asyncio
 import email
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from skipmega.data.corpora.python_corpus import python_documents, write_python_c
 from skipmega.data.corpora.readers import Corpus
 from skipmega.data.tokenizer import train_tokenizer
 from skipmega.data.tokenizing.prepare import prepare_dataset
+from skipmega.launch.cli import quiet_libraries
 from skipmega.launch.environment import discover_process
+from skipmega.parallel.process import ProcessInfo
 from support.worlds import ROOT
 
 STEPS, HALF = 8, 4
@@ -95,16 +100,33 @@ def unseen_documents() -> list[str]:
 def pretrain_each(config: Path, runs: Sequence[Sequence[str]]) -> None:
     """For ``run_world``: train one run after the other, each ``config`` with its own overrides.
 
-    The processes meet anew for every run, in a file beside the configuration: at one port, a quick process
-    would find the store of the run before.
+    The processes meet anew for every run, in a file beside the configuration.
     """
     from skipmega.launch.run import pretrain
 
     process = discover_process()
     for number, overrides in enumerate(runs):
-        meeting = config.with_name(f"meeting-{os.environ['MASTER_PORT']}-{number}")
-        dist.init_process_group("gloo", f"file://{meeting}", rank=process.rank, world_size=process.world_size)
+        meet_again(config.with_name(f"meeting-{os.environ['MASTER_PORT']}-{number}"), process)
         pretrain(load_config(config, list(overrides)), process)
+
+
+def use_tools(folder: Path, commands: Sequence[Sequence[str | Path]]) -> list[str]:
+    """For ``run_world``: call the ``main`` of one script after the other, each with its own arguments;
+    returns what this process printed, by script. The processes meet anew for each, in ``folder``."""
+    quiet_libraries()
+    process, printed = discover_process(), []
+    for number, (script, *arguments) in enumerate(commands):
+        meet_again(folder / f"meeting-{os.environ['MASTER_PORT']}-{number}", process)
+        sys.argv = [str(script), *map(str, arguments)]
+        with redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(str(ROOT / script), run_name="tool")["main"]()
+        printed.append(out.getvalue())
+    return printed
+
+
+def meet_again(meeting: Path, process: ProcessInfo) -> None:
+    """At one port, a quick process would find the store of the run before."""
+    dist.init_process_group("gloo", f"file://{meeting}", rank=process.rank, world_size=process.world_size)
 
 
 def run_command(*arguments: str | Path, limit: float = 120, **variables: str) -> str:
