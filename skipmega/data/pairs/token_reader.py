@@ -7,6 +7,7 @@ a map takes what a short read leaves unfilled for tokens.
 import os
 import sys
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class TokenReader(_BinReader):
     def _fill(self, buffer: memoryview, offset: int) -> None:
         if self._descriptor is None:
             self._descriptor = os.open(self._path, os.O_RDONLY)
+            self._closing = weakref.finalize(self, os.close, self._descriptor)
         while buffer:
             read = os.preadv(self._descriptor, [buffer], offset)
             if read == 0:
@@ -64,11 +66,8 @@ class TokenReader(_BinReader):
     def _close(self) -> None:
         """The next try opens the file anew: a network file system may have lost its handle."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            self._closing()
             self._descriptor = None
-
-    def __del__(self) -> None:
-        self._close()
 
 
 def read_with_retries(dataset: Any, retries: int) -> None:
