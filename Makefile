@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python pretrain/quickstart.py
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # all grids up to 8 processes, where `make test` takes a selection
 test-grids: $(VENV)/installed

@@ -39,6 +39,7 @@ setup(
             "types-tqdm",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "playwright",
             "hypothesis",
         ],
